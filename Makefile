@@ -1,0 +1,55 @@
+# `make demo` and `make test` are all that a fresh machine needs: both set up .venv once.
+# The environment is built in .venv with the marker .venv/.unfinished, and the stamp .venv/.installed is written last, so
+# an interrupted set-up is seen and made again, and a finished one costs nothing. All paths are relative: the checkout's
+# own path may hold spaces.
+
+PYTHON ?= python3
+BIN := .venv/bin
+STAMP := .venv/.installed
+PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet --constraint constraints.txt
+PYTEST_ARGS ?= -n 2
+
+export HF_HUB_OFFLINE ?= 1
+
+.PHONY: help install demo test check bench clean
+.DEFAULT_GOAL := help
+
+help:
+	@echo "make demo     train a small language model with PPO and TRPO and open the report (minutes, 2 cores)"
+	@echo "make test     run the tests (PYTEST_ARGS='-n 2' chooses how)"
+	@echo "make check    ruff and mypy"
+	@echo "make bench    throughput on this machine"
+	@echo "make install  make .venv only; the others do it by themselves (PYTHON=python3.12 chooses the Python)"
+	@echo "make clean    delete .venv, caches and built files; runs/ stays"
+
+install: $(STAMP)
+
+$(STAMP): pyproject.toml setup.cfg constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' 2>/dev/null || \
+	    { echo "$(PYTHON) is missing or older than Python 3.10; choose another: make install PYTHON=python3.12" >&2; exit 1; }
+	@if [ -e .venv/.unfinished ]; then echo "removing a half-made .venv"; rm -rf .venv; fi
+	@mkdir -p .venv && rm -f $(STAMP) && touch .venv/.unfinished
+	@echo "[1/3] making .venv"
+	@[ -x $(BIN)/python ] || $(PYTHON) -m venv .venv
+	@echo "[2/3] installing torch (the largest download)"
+	@$(PIP) torch setuptools
+	@echo "[3/3] installing rlhf_gym and its tools"
+	@$(PIP) --no-build-isolation --editable ".[dev]"
+	@rm .venv/.unfinished && touch $(STAMP)
+
+demo: $(STAMP)
+	@$(BIN)/python -m rlhf_gym demo
+
+test: $(STAMP)
+	$(BIN)/python -m pytest -q $(PYTEST_ARGS)
+
+check: $(STAMP)
+	$(BIN)/python -m ruff check .
+	$(BIN)/python -m mypy rlhf_gym agents benchmarks
+
+bench: $(STAMP)
+	$(BIN)/python -m rlhf_gym.benchmarks.throughput
+
+clean:
+	rm -rf .venv build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

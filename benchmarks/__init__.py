@@ -1,0 +1,1 @@
+"""Suites, runner, statistics and throughput; installed as ``rlhf_gym.benchmarks``."""
