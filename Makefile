@@ -1,11 +1,12 @@
 # `make demo` and `make test` are all that a fresh machine needs: both set up .venv once.
 # The environment is built in .venv with the marker .venv/.unfinished, and the stamp .venv/.installed is written last, so
-# an interrupted set-up is seen and made again, and a finished one costs nothing. All paths are relative: the checkout's
-# own path may hold spaces.
+# an interrupted set-up is seen and made again, and a finished one costs nothing. The stamp holds the checkout's path: an
+# editable install points there, so a moved checkout installs again. All paths here are relative: they may hold spaces.
 
 PYTHON ?= python3
 BIN := .venv/bin
 STAMP := .venv/.installed
+MADE_FOR := $(shell [ -x $(BIN)/python ] && cat $(STAMP) 2>/dev/null)
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet --constraint constraints.txt
 PYTEST_ARGS ?= -n 2
 
@@ -24,6 +25,9 @@ help:
 
 install: $(STAMP)
 
+ifneq ($(MADE_FOR),$(CURDIR))
+.PHONY: $(STAMP)
+endif
 $(STAMP): pyproject.toml setup.cfg constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' 2>/dev/null || \
 	    { echo "$(PYTHON) is missing or older than Python 3.10; choose another: make install PYTHON=python3.12" >&2; exit 1; }
@@ -35,7 +39,7 @@ $(STAMP): pyproject.toml setup.cfg constraints.txt
 	@$(PIP) torch setuptools
 	@echo "[3/3] installing rlhf_gym and its tools"
 	@$(PIP) --no-build-isolation --editable ".[dev]"
-	@rm .venv/.unfinished && touch $(STAMP)
+	@pwd > $(STAMP) && rm .venv/.unfinished
 
 demo: $(STAMP)
 	@$(BIN)/python -m rlhf_gym demo
