@@ -1,7 +1,7 @@
 """How far the policy is from the reference: estimators of KL(pi || pi_ref), and controllers of its price.
 
-The estimators are pure tensor functions of log-probabilities in nats, differentiable in ``logprobs``. The first three see
-one sampled token (or one whole response: pass the sums over its tokens) and are named as in Schulman 2020,
+The estimators are pure tensor functions of log-probabilities in nats, differentiable in ``logprobs``. The first three
+see one sampled token (or one whole response: pass the sums over its tokens) and are named as in Schulman 2020,
 http://joschu.net/blog/kl-approx.html; ``exact_kl`` sees the whole vocabulary. With r = pi_ref(a) / pi(a), a ~ pi:
 
 ======== ======================== =============================================================================
@@ -14,8 +14,8 @@ exact    sum_a pi(a) (-log r(a))  no sampling noise for this token; costs the fu
 "Unbiased" is about values. What the gradient of each estimator does inside a loss is another matter, see
 ``rlhf_gym.agents.functional.kl_in_loss``.
 
-The controllers own ``kl_coef``: ``update`` is called once after each rollout, never inside one, because the rewards of a
-rollout must all be made with the same coefficient.
+The controllers own ``kl_coef``: ``update`` is called once after each rollout, never inside one, because the rewards of
+a rollout must all be made with the same coefficient.
 """
 
 from __future__ import annotations
@@ -149,7 +149,7 @@ def estimate_kl(logprobs: Tensor, ref_logprobs: Tensor, estimator: KLEstimator =
     """KL(pi || pi_ref) by the estimator of that name.
 
     Args:
-        logprobs: Under the policy, in nats: of the sampled tokens, any shape; for "exact" of all tokens, shape (..., V).
+        logprobs: Under the policy, in nats: of the sampled tokens, any shape; for "exact" of all tokens, (..., V).
         ref_logprobs: The same under the reference. Same shape.
         estimator: "k1", "k2", "k3" or "exact"; the module's docstring compares them.
 
@@ -223,7 +223,7 @@ class FixedKL:
         return self.coef
 
     def state_dict(self) -> dict[str, float]:
-        """Return what `load_state_dict` needs to go on; can be written as JSON."""
+        """Return what `load_state_dict` needs to go on, JSON-able."""
         return {"coef": self.coef}
 
     def load_state_dict(self, state: dict[str, float]) -> None:
@@ -307,7 +307,7 @@ class AdaptiveKL:
         return self.coef
 
     def state_dict(self) -> dict[str, float]:
-        """Return what `load_state_dict` needs to go on; can be written as JSON. Target and horizon are configuration."""
+        """Return what `load_state_dict` needs to go on, JSON-able. Target and horizon are configuration."""
         return {"coef": self.coef}
 
     def load_state_dict(self, state: dict[str, float]) -> None:
