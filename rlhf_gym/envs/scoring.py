@@ -1,0 +1,87 @@
+"""From token ids to the score of a response: decode the texts, call the reward, add the missing-EOS penalty."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from rlhf_gym.envs.prompts import Prompt
+from rlhf_gym.rewards import Reward, RewardInputs
+
+MISSING_EOS = "missing_eos_penalty"
+
+
+@dataclass(frozen=True)
+class ScoredResponses:
+    """What the reward said of B responses.
+
+    Attributes:
+        totals: Score of each response. Shape (B,), float64. The terms sum to it.
+        terms: One entry of the ledger per reward term. Each of shape (B,), float64, NaN where a term did not apply.
+        completions: The response texts.
+    """
+
+    totals: np.ndarray
+    terms: dict[str, np.ndarray]
+    completions: list[str]
+
+
+class Scorer:
+    """Scores responses under one reward.
+
+    Args:
+        reward: The reward, see ``rlhf_gym.rewards.as_reward``.
+        tokenizer: Decodes responses, special tokens left out.
+        missing_eos_penalty: Subtracted once from the score of a response that ended by length, >= 0.
+    """
+
+    def __init__(self, reward: Reward, tokenizer, missing_eos_penalty: float = 0.0):
+        if not (np.isfinite(missing_eos_penalty) and missing_eos_penalty >= 0):
+            raise ValueError(f"missing_eos_penalty must be a finite number >= 0 (it is subtracted), got {missing_eos_penalty}")
+        self.reward, self.tokenizer, self.missing_eos_penalty = reward, tokenizer, float(missing_eos_penalty)
+        self.term_names = (*reward.names, *((MISSING_EOS,) if missing_eos_penalty else ()))
+
+    def check_columns(self, prompts: Sequence[Prompt], where: str) -> None:
+        """Refuse prompts that lack a column which the reward asks for by name."""
+        for i, prompt in enumerate(prompts):
+            for column in self.reward.columns_needed:
+                if column not in prompt.columns:
+                    has = ", ".join(sorted(prompt.columns)) or "none"
+                    raise ValueError(
+                        f"the reward asks for the column {column!r}, which {where}[{i}] lacks (its columns: {has}); "
+                        "add the column to every prompt or give the reward's parameter a default"
+                    )
+
+    def _inputs(self, prompts: Sequence[Prompt], responses: Sequence[list[int]]) -> RewardInputs:
+        names: dict[str, None] = {}  # a dict as an ordered set: columns keep the order of the data
+        for prompt in prompts:
+            names.update(dict.fromkeys(prompt.columns))
+        columns: dict[str, list[Any]] = {name: [p.columns.get(name) for p in prompts] for name in names}
+        return RewardInputs(
+            prompts=[p.text for p in prompts],
+            completions=[self.decode(r) for r in responses],
+            prompt_ids=[p.ids.tolist() for p in prompts],
+            completion_ids=[list(r) for r in responses],
+            columns=columns,
+        )
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """Text of a response, special tokens left out."""
+        return self.tokenizer.decode(ids, skip_special_tokens=True)
+
+    def score(self, prompts: Sequence[Prompt], responses: Sequence[list[int]], ended_by_eos: np.ndarray) -> ScoredResponses:
+        """Score finished responses; B prompts, B lists of token ids, and whether each ended by EOS (B,) bool."""
+        inputs = self._inputs(prompts, responses)
+        scores = self.reward.score(inputs)
+        totals, terms = np.asarray(scores.total, dtype=np.float64).copy(), dict(scores.terms)
+        if self.missing_eos_penalty:
+            terms[MISSING_EOS] = np.where(ended_by_eos, 0.0, -self.missing_eos_penalty)
+            totals += terms[MISSING_EOS]
+        return ScoredResponses(totals, terms, inputs.completions)
+
+    def token_rewards(self, prompts: Sequence[Prompt], responses: Sequence[list[int]]) -> list[np.ndarray]:
+        """What the dense terms pay for each token of each (perhaps unfinished) response."""
+        return self.reward.token_rewards(self._inputs(prompts, responses))
