@@ -6,8 +6,10 @@
 PYTHON ?= python3
 BIN := .venv/bin
 STAMP := .venv/.installed
+# Renamed first: a deletion that is interrupted must not leave something that looks like a finished .venv.
+REMOVE_VENV := rm -rf .venv.old; [ ! -e .venv ] || mv .venv .venv.old; rm -rf .venv.old
 MADE_FOR := $(shell [ -x $(BIN)/python ] && cat $(STAMP) 2>/dev/null)
-PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet --constraint constraints.txt
+PIP := $(BIN)/python -m pip --disable-pip-version-check install -qq --constraint constraints.txt
 PYTEST_ARGS ?= -n 2
 
 export HF_HUB_OFFLINE ?= 1
@@ -31,7 +33,7 @@ endif
 $(STAMP): pyproject.toml setup.cfg constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' 2>/dev/null || \
 	    { echo "$(PYTHON) is missing or older than Python 3.10; choose another: make install PYTHON=python3.12" >&2; exit 1; }
-	@if [ -e .venv/.unfinished ]; then echo "removing a half-made .venv"; rm -rf .venv; fi
+	@if [ -e .venv/.unfinished ]; then echo "removing a half-made .venv"; $(REMOVE_VENV); fi
 	@mkdir -p .venv && rm -f $(STAMP) && touch .venv/.unfinished
 	@echo "[1/3] making .venv"
 	@[ -x $(BIN)/python ] || $(PYTHON) -m venv .venv
@@ -55,5 +57,6 @@ bench: $(STAMP)
 	$(BIN)/python -m rlhf_gym.benchmarks.throughput
 
 clean:
-	rm -rf .venv build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	$(REMOVE_VENV)
+	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
