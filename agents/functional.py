@@ -406,11 +406,10 @@ def policy_loss_clipped(
     # same loss, but an overflowing ratio sends inf * 0 = NaN backwards.
     too_high = (advantages > 0) & (ratio > 1 + high)
     too_low = (advantages < 0) & (ratio < 1 - low)
-    bound = torch.where(too_high, 1.0 + high, 1.0 - low)
-    stopped = too_high | too_low
+    stopped, bound = too_high | too_low, ratio.clamp(1 - low, 1 + high)
     if dual_clip is not None:
         exploded = (advantages < 0) & (ratio > dual_clip)
-        bound, stopped = torch.where(exploded, dual_clip, bound), stopped | exploded
+        stopped, bound = stopped | exploded, torch.where(exploded, dual_clip, bound)
     surrogate = advantages * torch.where(stopped, bound, torch.where(stopped, 0.0, log_ratio).exp())
 
     outside = (ratio < 1 - low) | (ratio > 1 + high)
