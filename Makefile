@@ -9,7 +9,8 @@ STAMP := .venv/.installed
 # Renamed first: a deletion that is interrupted must not leave something that looks like a finished .venv.
 REMOVE_VENV := rm -rf .venv.old; [ ! -e .venv ] || mv .venv .venv.old; rm -rf .venv.old
 MADE_FOR := $(shell [ -x $(BIN)/python ] && cat $(STAMP) 2>/dev/null)
-PIP := $(BIN)/python -m pip --disable-pip-version-check install -qq --constraint constraints.txt
+# PIP_REQUIRE_VIRTUALENV: a damaged .venv falls through to the Python it was made from, and must never change that one.
+PIP := PIP_REQUIRE_VIRTUALENV=1 $(BIN)/python -m pip --disable-pip-version-check install -qq --constraint constraints.txt
 PYTEST_ARGS ?= -n 2
 
 export HF_HUB_OFFLINE ?= 1
