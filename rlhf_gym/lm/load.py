@@ -1,0 +1,292 @@
+"""Loading a language model with its tokenizer, and saying plainly what is wrong when that fails."""
+
+from __future__ import annotations
+
+import difflib
+import os
+import socket
+import threading
+import urllib.parse
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from torch import nn
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+
+from . import lstm  # noqa: F401 - registers its model type
+
+PACKAGED_MODELS: dict[str, Path] = {"tiny-reviews": Path(__file__).parents[1] / "tasks" / "tiny_reviews" / "model"}
+"""Models that come with the package: name -> directory."""
+
+_HUB_TIMEOUT_S = 4.0
+
+
+@dataclass(frozen=True, eq=False)
+class LanguageModel:
+    """A frozen causal language model with its tokenizer, and what has to be known about the two together.
+
+    Copying one, deeply or not, gives the same object: a reference model is shared, never duplicated by accident.
+    """
+
+    model: PreTrainedModel
+    """In eval mode, its parameters without gradients."""
+    tokenizer: Any
+    """A tokenizer of transformers, or anything with its ``encode`` and ``decode``."""
+    name: str
+    """What it was loaded as."""
+    vocab_size: int
+    """V, the last dimension of the logits (it can exceed the number of the tokenizer's tokens)."""
+    eos_token_ids: tuple[int, ...]
+    """The tokens that end a response; at least one."""
+    pad_token_id: int
+    """What fills rows up; always below V. It may equal EOS: padding is told by lengths, never by its id."""
+    bos_token_id: int | None
+    """The token that starts a text, where there is one."""
+    max_context: int | None
+    """Most tokens the model can read; None when there is no limit (LSTM)."""
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.model.parameters()).device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return next(self.model.parameters()).dtype
+
+    def __copy__(self) -> LanguageModel:
+        return self
+
+    def __deepcopy__(self, memo: dict) -> LanguageModel:
+        return self
+
+
+def load_language_model(
+    model: str | os.PathLike | PreTrainedModel | LanguageModel,
+    tokenizer: Any = None,
+    *,
+    device: torch.device | str = "auto",
+    dtype: torch.dtype | str = "auto",
+) -> LanguageModel:
+    """Loads a causal language model, frozen and in eval mode. Weights come from safetensors, and no remote code runs.
+
+    Args:
+        model: The name of a packaged model ("tiny-reviews"), a directory, an id on the Hugging Face hub, a ".gguf"
+            file, a model object (used as it is: moved or cast only when ``device`` or ``dtype`` say so; it is put in
+            eval mode and its parameters stop requiring gradients), or a `LanguageModel` (returned as it is).
+        tokenizer: The same choices, or a tokenizer object; None is the one beside the model.
+        device: Where to put the model; "auto" is CUDA where there is one, else the CPU.
+        dtype: What to compute in, "float32" or "bfloat16" for instance; "auto" is bfloat16 on a CUDA device that has
+            it, else float32.
+
+    Returns:
+        The model, its tokenizer and their special tokens.
+
+    Raises:
+        ValueError: If the model or the tokenizer cannot be found or do not fit each other. Says what to do.
+    """
+    if isinstance(model, LanguageModel):
+        return model
+    if isinstance(model, nn.Module):
+        name = getattr(model.config, "_name_or_path", "") or type(model).__name__
+        if device != "auto":
+            model = model.to(device)
+        if dtype != "auto":
+            model = model.to(_torch_dtype(dtype, model.device))
+        source = Path(name) if Path(name).is_dir() else None
+    else:
+        name = os.fspath(model)
+        source = _find(name)
+        device = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device)
+        model = _load_model(source, name, _torch_dtype(dtype, device)).to(device)
+    tokenizer = _load_tokenizer(tokenizer, source, name)
+    model.eval().requires_grad_(False)
+    return _describe(model, tokenizer, name)
+
+
+def max_context(config) -> int | None:
+    """Most tokens that a model with this configuration can read, None when there is no limit."""
+    return getattr(config.get_text_config(), "max_position_embeddings", None)
+
+
+def vocab_size(model: PreTrainedModel) -> int:
+    """The last dimension of a model's logits."""
+    head = model.get_output_embeddings()
+    return model.config.get_text_config().vocab_size if head is None else head.weight.shape[0]
+
+
+def disable_dropout(model: nn.Module) -> None:
+    """Sets every dropout probability of a model to 0, in place, so that train mode and eval mode compute the same.
+
+    The ratio of new to old probabilities must be exactly 1 before the first update; with dropout it is noise.
+    """
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+        for name, value in vars(module).items():  # attention layers hold theirs as plain numbers
+            if "dropout" in name and isinstance(value, float):
+                setattr(module, name, 0.0)
+
+
+def _torch_dtype(dtype: torch.dtype | str, device: torch.device) -> torch.dtype:
+    if isinstance(dtype, torch.dtype):
+        return dtype
+    if dtype == "auto":
+        return torch.bfloat16 if device.type == "cuda" and torch.cuda.is_bf16_supported() else torch.float32
+    found = getattr(torch, dtype, None)
+    if not (isinstance(found, torch.dtype) and found.is_floating_point):
+        raise ValueError(f"dtype must be 'auto', 'float32', 'bfloat16' or 'float16', got {dtype!r}")
+    return found
+
+
+def _find(name: str) -> Path | str:
+    """A directory or .gguf file, or the hub id if that is what the name must be."""
+    if name in PACKAGED_MODELS:
+        return PACKAGED_MODELS[name]
+    path = Path(name).expanduser()
+    if path.suffix == ".gguf":
+        if not path.is_file():
+            raise ValueError(f"model={name!r}: there is no such file (working directory {Path.cwd()})")
+        return path
+    if path.is_dir():
+        if not (path / "config.json").is_file():
+            raise ValueError(f"model={name!r}: the directory holds no config.json, so it is no saved model")
+        return path
+    if path.is_file():
+        raise ValueError(f"model={name!r} is a file: give the directory that holds it, or a .gguf file")
+    if name.startswith((".", "/", "~")) or name.count("/") > 1 or "\\" in name or not name.strip():
+        raise ValueError(f"model={name!r}: there is no such directory (working directory {Path.cwd()})")
+    _check_hub(name)
+    return name
+
+
+def _check_hub(name: str) -> None:
+    """Refuses a hub id that is neither downloaded nor in reach: transformers itself would try for most of a minute."""
+    import huggingface_hub
+
+    if huggingface_hub.try_to_load_from_cache(name, "config.json"):
+        return
+    if huggingface_hub.constants.HF_HUB_OFFLINE:
+        problem = "it is not in the local cache and HF_HUB_OFFLINE forbids to download it"
+    elif not _reachable(huggingface_hub.constants.ENDPOINT):
+        problem = f"it is not in the local cache and {huggingface_hub.constants.ENDPOINT} cannot be reached"
+    else:
+        return
+    raise ValueError(
+        f"model={name!r} is {_not_packaged(name)} nor a directory here; as an id on the Hugging Face hub, {problem}. "
+        "Give a packaged name, a directory that `save_pretrained` wrote, or download the model where there is a network."
+    )
+
+
+def _not_packaged(name: str) -> str:
+    close = difflib.get_close_matches(name, PACKAGED_MODELS, n=1)
+    known = f"did you mean {close[0]!r}?" if close else f"those are {', '.join(map(repr, PACKAGED_MODELS))}"
+    return f"neither a packaged model ({known})"
+
+
+def _reachable(url: str) -> bool:
+    """Whether a connection to the host opens within the timeout. In a thread, since looking up a name has none."""
+    parts = urllib.parse.urlsplit(url)
+    opened = threading.Event()
+
+    def connect():
+        try:
+            port = parts.port or (443 if parts.scheme == "https" else 80)
+            socket.create_connection((parts.hostname, port), timeout=_HUB_TIMEOUT_S).close()
+            opened.set()
+        except OSError:
+            failed.set()
+
+    failed = threading.Event()
+    thread = threading.Thread(target=connect, daemon=True)
+    thread.start()
+    thread.join(_HUB_TIMEOUT_S)
+    return opened.is_set()
+
+
+def _load_model(source: Path | str, name: str, dtype: torch.dtype) -> PreTrainedModel:
+    arguments: dict[str, Any] = {"dtype": dtype, "trust_remote_code": False}
+    if isinstance(source, Path) and source.suffix == ".gguf":
+        arguments |= {"gguf_file": source.name}
+        source = source.parent
+    else:
+        arguments |= {"use_safetensors": True}
+    progress_bar = transformers.logging.is_progress_bar_enabled()
+    if Path(source).is_dir():  # only a download takes long enough for one
+        transformers.logging.disable_progress_bar()
+    try:
+        model = AutoModelForCausalLM.from_pretrained(source, **arguments)
+    except Exception as error:
+        raise ValueError(
+            f"model={name!r} cannot be loaded as a causal language model from safetensors, without remote code: {error}"
+        ) from error
+    finally:
+        if progress_bar:
+            transformers.logging.enable_progress_bar()
+    if "gguf_file" in arguments and hasattr(model.config, "quantization_config"):
+        del model.config.quantization_config  # the weights are dense now, and save_pretrained refuses while it is there
+    return model
+
+
+def _load_tokenizer(tokenizer: Any, source: Path | str | None, name: str) -> Any:
+    if tokenizer is None:
+        if source is None:
+            raise ValueError(
+                f"tokenizer must be given with a model object ({name}) that was not loaded from a directory"
+            )
+        tokenizer = source
+    elif isinstance(tokenizer, (str, os.PathLike)):
+        name = os.fspath(tokenizer)
+        tokenizer = PACKAGED_MODELS.get(name, tokenizer)
+    else:
+        return tokenizer
+    arguments: dict[str, Any] = {"trust_remote_code": False}
+    if str(tokenizer).endswith(".gguf"):
+        arguments["gguf_file"] = Path(tokenizer).name
+        tokenizer = Path(tokenizer).parent
+    try:
+        return AutoTokenizer.from_pretrained(tokenizer, **arguments)
+    except Exception as error:
+        raise ValueError(f"tokenizer: none can be loaded from {name!r}: {error}") from error
+
+
+def _describe(model: PreTrainedModel, tokenizer: Any, name: str) -> LanguageModel:
+    """Gathers the special tokens, ignoring ids that the model does not have, and refuses what does not fit."""
+    size = vocab_size(model)
+    largest = max(tokenizer.get_vocab().values(), default=-1)
+    if largest >= size:
+        raise ValueError(
+            f"tokenizer does not fit the model {name!r}: it has the id {largest}, but the model's vocabulary is "
+            f"{size} (ids 0 to {size - 1}). Use the tokenizer that the model was trained with."
+        )
+
+    def first(attribute: str) -> tuple[int, ...]:
+        sources = (getattr(model, "generation_config", None), tokenizer, model.config)
+        for source in sources:
+            value = getattr(source, attribute, None)
+            ids = value if isinstance(value, (list, tuple)) else [value]
+            ids = tuple(dict.fromkeys(i for i in ids if i is not None and 0 <= i < size))
+            if ids:
+                return ids
+        return ()
+
+    eos_token_ids = first("eos_token_id")
+    if not eos_token_ids:
+        raise ValueError(
+            f"model {name!r} has no token that ends a text: set generation_config.eos_token_id of the model or "
+            "eos_token of the tokenizer"
+        )
+    pad = getattr(tokenizer, "pad_token_id", None)
+    bos = first("bos_token_id")
+    return LanguageModel(
+        model=model,
+        tokenizer=tokenizer,
+        name=name,
+        vocab_size=size,
+        eos_token_ids=eos_token_ids,
+        pad_token_id=pad if pad is not None and 0 <= pad < size else eos_token_ids[0],
+        bos_token_id=bos[0] if bos else None,
+        max_context=max_context(model.config),
+    )

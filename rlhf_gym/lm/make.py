@@ -1,0 +1,117 @@
+"""Which engine serves a model, and the proof that it does."""
+
+from __future__ import annotations
+
+import warnings
+import weakref
+
+import torch
+from transformers import PreTrainedModel
+
+from .cached import RaggedKV, attention_windows
+from .engine import Engine, inference
+from .load import LanguageModel, max_context
+from .recompute import Recompute
+from .recurrent import Recurrent
+
+# The verdicts so far: model -> {circumstances: (the engine's class, the longest max_tokens it was proved for)}.
+_verdicts: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()
+
+
+def make_engine(model: PreTrainedModel | LanguageModel, num_rows: int, max_tokens: int) -> Engine:
+    """The fastest engine that gives this model's own logits.
+
+    A cached engine has to prove that it does: two rows of different lengths, longer than the model's attention window
+    where there is one, are filled and moved on by a few tokens, and compared with plain forwards of the model on each
+    row alone. The verdict is remembered with the model, so that further engines cost nothing. A model whose cache
+    fails the proof is served by recomputing everything for each token, with one warning.
+
+    Args:
+        model: A causal language model.
+        num_rows: B, how many sequences the engine holds.
+        max_tokens: T, the most tokens that a row can hold.
+
+    Returns:
+        An engine with all rows empty. It reads the model's weights at each call: after they have changed, call
+        `Engine.invalidate`.
+
+    Raises:
+        ValueError: If max_tokens is beyond the model's context, or if not even recomputing gives the model's logits.
+    """
+    if isinstance(model, LanguageModel):
+        model = model.model
+    limit = max_context(model.config)
+    if limit is not None and max_tokens > limit:
+        raise ValueError(
+            f"max_tokens must not exceed the model's context of {limit} tokens, got {max_tokens}: use shorter prompts "
+            "or responses"
+        )
+    return _proved_class(model, max_tokens)(model, num_rows, max_tokens)
+
+
+def _proved_class(model: PreTrainedModel, max_tokens: int) -> type[Engine]:
+    weight = next(model.parameters())
+    circumstances = (weight.device, weight.dtype, model.config._attn_implementation)
+    verdicts = _verdicts.setdefault(model, {})
+    if circumstances in verdicts and max_tokens <= verdicts[circumstances][1]:
+        return verdicts[circumstances][0]
+    reasons = []
+    for candidate in _candidates(model):
+        reason = _objection(candidate, model, max_tokens)
+        if reason is None:
+            break
+        reasons.append(f"{candidate.__name__}: {reason}")
+    else:
+        raise ValueError(
+            f"{type(model).__name__} cannot be used: padding on the right changes its logits, so it is not a causal "
+            f"language model ({'; '.join(reasons)})"
+        )
+    if candidate is Recompute and not (circumstances in verdicts and verdicts[circumstances][0] is Recompute):
+        warnings.warn(
+            f"{type(model).__name__} is run without a cache, which is right but slow: its cached logits differ from "
+            f"those of its plain forward ({'; '.join(reasons)})",
+            stacklevel=3,
+        )
+    verdicts[circumstances] = (candidate, max_tokens)
+    return candidate
+
+
+def _candidates(model: PreTrainedModel) -> list[type[Engine]]:
+    if model.config.model_type == "rlhf_gym_lstm":
+        return [Recurrent, Recompute]
+    return [RaggedKV, Recompute]
+
+
+def _objection(candidate: type[Engine], model: PreTrainedModel, max_tokens: int) -> str | None:
+    """Why an engine must not be used for a model; None if it gives the model's own logits."""
+    windows = [window for window in attention_windows(model.config.get_text_config()).values() if window is not None]
+    num_decodes = min(3, max_tokens - 1)
+    # Long enough to leave a window behind, otherwise a handful.
+    longest = min(max_tokens, max([12, *(window + 4 for window in windows)]))
+    lengths = torch.tensor([longest - num_decodes, max(1, (longest - num_decodes) // 2)])
+    vocabulary = model.config.get_text_config().vocab_size
+    ids = torch.randint(vocabulary, (2, longest), generator=torch.Generator().manual_seed(0))
+    ids, lengths = ids.to(model.device), lengths.to(model.device)
+    try:
+        engine = candidate(model, 2, max_tokens)
+        rows = torch.arange(2, device=model.device)
+        found = [engine.prefill(rows, ids[:, : int(lengths[0])], lengths)]
+        for step in range(num_decodes):
+            found.append(engine.decode(ids[rows, lengths + step], torch.ones_like(rows, dtype=torch.bool)))
+        given = engine.logits_at(ids, lengths + num_decodes, lengths - 1, num_decodes + 1).float()
+    except Exception as error:  # whatever a model does not support, in whatever way it says so
+        return f"{type(error).__name__}: {error}"
+    expected = torch.stack([_plain_logits(model, ids[i, : lengths[i] + num_decodes])[lengths[i] - 1 :] for i in (0, 1)])
+    # Of the logits' own spread, since a small model's logits can all be small.
+    tolerance = 1e-3 if model.dtype == torch.float32 else 0.1
+    spread = expected.std(-1).mean().clamp(min=1e-6)
+    error = max((torch.stack(found, 1) - expected).abs().max(), (given - expected).abs().max()) / spread
+    if not error <= tolerance:
+        return f"logits differ by {float(error):.1e} of their standard deviation"
+    return None
+
+
+def _plain_logits(model: PreTrainedModel, ids: torch.Tensor) -> torch.Tensor:
+    """The truth: the model's own forward of one sequence, with no padding, mask or cache. Shape (L,) -> (L, V)."""
+    with inference(model):
+        return model(input_ids=ids[None], use_cache=False).logits[0].float()
