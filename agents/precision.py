@@ -1,0 +1,160 @@
+"""bf16 compute weights with float32 masters.
+
+bfloat16 has 8 significant bits: between 1 and 2 its numbers are 0.0078 apart, so an Adam step of 1e-5 added to a bf16
+weight of that size rounds away, every time. The forward and backward passes do not mind the format and are much faster in it;
+the sum of many small steps does. So the steps are added up in a float32 copy, and the model gets the rounded sums.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+_HALF = (torch.bfloat16, torch.float16)
+
+
+class MasterWeights:
+    """An optimiser over float32 masters of a model's parameters.
+
+    Parameters that are in float32 already are their own masters, at no cost: a float32 model trains bit for bit as with
+    the bare optimiser, and a model may mix both (a float32 value head on a bf16 trunk). Parameters that do not require
+    a gradient are left out.
+
+    Gradients of several micro-batches are added in float32 if `accumulate` is called after each backward; without it
+    they add up in the parameters' own format, where the last small ones are lost.
+
+    Attributes:
+        parameters: The trained parameters, in the order given.
+        masters: Their float32 masters, in the same order; for a float32 parameter the parameter itself.
+        optimizer: The optimiser over the masters (learning-rate schedules set its ``param_groups``).
+
+    Args:
+        parameters: The model's parameters. float32, bfloat16 or float16 (which gets no loss scaling here).
+        optimizer_factory: Makes the optimiser from the list of masters, e.g. ``lambda p: torch.optim.AdamW(p, lr=1e-5)``.
+
+    Raises:
+        ValueError: If no parameter requires a gradient, or the optimiser was given other tensors.
+
+    Example:
+        >>> weight = torch.nn.Parameter(torch.ones(1, dtype=torch.bfloat16))
+        >>> trainer = MasterWeights([weight], lambda masters: torch.optim.SGD(masters, lr=0.001))
+        >>> for _ in range(10):
+        ...     weight.sum().neg().backward()
+        ...     _ = trainer.step()
+        >>> round(trainer.masters[0].item(), 4), weight.item()
+        (1.01, 1.0078125)
+    """
+
+    def __init__(
+        self, parameters: Iterable[nn.Parameter], optimizer_factory: Callable[[list[Tensor]], torch.optim.Optimizer]
+    ) -> None:
+        self.parameters = [p for p in parameters if p.requires_grad]
+        if not self.parameters:
+            raise ValueError("parameters must hold at least one that requires a gradient: everything is frozen.")
+        self.masters: list[Tensor] = [
+            p.detach().float().requires_grad_() if p.dtype in _HALF else p for p in self.parameters
+        ]
+        self.optimizer = optimizer_factory(self.masters)
+        held = [p for group in self.optimizer.param_groups for p in group["params"]]
+        if {id(p) for p in held} != {id(m) for m in self.masters}:
+            raise ValueError("optimizer_factory must put all the masters that it is given, and only those, to use.")
+
+    def accumulate(self) -> None:
+        """Move the gradients of the last backward over to the masters, adding to what is there. Free in float32."""
+        for parameter, master in zip(self.parameters, self.masters, strict=True):
+            if master is parameter or parameter.grad is None:
+                continue
+            master.grad = parameter.grad.float() if master.grad is None else master.grad.add_(parameter.grad)
+            parameter.grad = None
+
+    def zero_grad(self) -> None:
+        """Forget all gradients, of the parameters and of the masters."""
+        for tensor in (*self.parameters, *self.masters):
+            tensor.grad = None
+
+    def step(self, max_grad_norm: float = torch.inf) -> Tensor:
+        """Take one optimiser step on the masters, round them into the parameters, forget the gradients.
+
+        Args:
+            max_grad_norm: All gradients together are scaled down to this Euclidean norm when it is larger.
+
+        Returns:
+            The norm before scaling. Shape (), float32.
+        """
+        self.accumulate()
+        norm = nn.utils.clip_grad_norm_(self.masters, max_grad_norm)
+        self.optimizer.step()
+        self.copy_to_parameters()
+        self.zero_grad()
+        return norm
+
+    @torch.no_grad()
+    def copy_to_parameters(self) -> None:
+        """Round the masters into the parameters."""
+        for parameter, master in zip(self.parameters, self.masters, strict=True):
+            if master is not parameter:
+                parameter.copy_(master)
+
+    def state_dict(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """What is needed to go on bit for bit, besides the parameters themselves.
+
+        Returns:
+            Tensors, for a safetensors file: ``master.{i}`` of the parameters that have one of their own and
+            ``optimizer.{i}.{name}`` (AdamW: exp_avg, exp_avg_sq, step), copies; and JSON-able scalars: the optimiser's
+            settings and those of its states that are no tensors.
+        """
+        optimizer = self.optimizer.state_dict()
+        tensors = {
+            f"master.{i}": master.detach().clone()
+            for i, (parameter, master) in enumerate(zip(self.parameters, self.masters, strict=True))
+            if master is not parameter
+        }
+        scalars: dict[str, Any] = {"param_groups": optimizer["param_groups"], "state": {}}
+        for index, state in optimizer["state"].items():
+            for name, value in state.items():
+                if isinstance(value, Tensor):
+                    tensors[f"optimizer.{index}.{name}"] = value.detach().clone().contiguous()
+                else:
+                    scalars["state"].setdefault(str(index), {})[name] = value
+        return tensors, scalars
+
+    def load_state_dict(self, tensors: dict[str, Tensor], scalars: dict[str, Any]) -> None:
+        """Go on from a saved state. The parameters are then the rounded masters.
+
+        Args:
+            tensors: The tensors of `state_dict`.
+            scalars: Its scalars, also after a round trip through JSON.
+
+        Raises:
+            ValueError: If the state is of another model: masters missing, too many, or of another shape. Nothing has
+                been changed then.
+        """
+        own = {f"master.{i}": m for i, m in enumerate(self.masters) if m is not self.parameters[i]}
+        saved = {name: tensor for name, tensor in tensors.items() if name.startswith("master.")}
+        if {n: t.shape for n, t in own.items()} != {n: t.shape for n, t in saved.items()}:
+            raise ValueError(
+                f"The saved optimiser state does not fit this model: it has {len(saved)} float32 master weights, the "
+                f"model needs {len(own)} of its own shapes. Was it saved in another precision or for another model?"
+            )
+        held = [p for group in self.optimizer.param_groups for p in group["params"]]
+        state: dict[int, dict[str, Any]] = {int(i): dict(values) for i, values in scalars["state"].items()}
+        for key, tensor in tensors.items():
+            if not key.startswith("optimizer."):
+                continue
+            index, name = int(key.split(".")[1]), key.split(".", 2)[2]
+            # Adam's step is a single number, the moments have the shape of their weights.
+            if index >= len(held) or tensor.shape not in ((), held[index].shape):
+                raise ValueError(
+                    f"The saved optimiser state does not fit this model: {key} has shape {tuple(tensor.shape)}. "
+                    "Was it saved for another model?"
+                )
+            # The optimiser keeps and changes what it is given, and that is the caller's.
+            state.setdefault(index, {})[name] = tensor.clone()
+        self.optimizer.load_state_dict({"state": state, "param_groups": scalars["param_groups"]})
+        with torch.no_grad():
+            for name, master in own.items():
+                master.copy_(saved[name])
+        self.copy_to_parameters()
