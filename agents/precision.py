@@ -1,13 +1,14 @@
 """bf16 compute weights with float32 masters.
 
 bfloat16 has 8 significant bits: between 1 and 2 its numbers are 0.0078 apart, so an Adam step of 1e-5 added to a bf16
-weight of that size rounds away, every time. The forward and backward passes do not mind the format and are much faster in it;
-the sum of many small steps does. So the steps are added up in a float32 copy, and the model gets the rounded sums.
+weight of that size rounds away, every time. The forward and backward passes do not mind the format and are much faster
+in it; the sum of many small steps does. So the steps are added up in a float32 copy, and the model gets the rounded sums.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -19,9 +20,8 @@ _HALF = (torch.bfloat16, torch.float16)
 class MasterWeights:
     """An optimiser over float32 masters of a model's parameters.
 
-    Parameters that are in float32 already are their own masters, at no cost: a float32 model trains bit for bit as with
-    the bare optimiser, and a model may mix both (a float32 value head on a bf16 trunk). Parameters that do not require
-    a gradient are left out.
+    Parameters that stay in float32 are their own masters, at no cost: a float32 model trains bit for bit as with the
+    bare optimiser, and a model may mix both. Parameters that do not require a gradient are left out.
 
     Gradients of several micro-batches are added in float32 if `accumulate` is called after each backward; without it
     they add up in the parameters' own format, where the last small ones are lost.
@@ -33,7 +33,10 @@ class MasterWeights:
 
     Args:
         parameters: The model's parameters. float32, bfloat16 or float16 (which gets no loss scaling here).
-        optimizer_factory: Makes the optimiser from the list of masters, e.g. ``lambda p: torch.optim.AdamW(p, lr=1e-5)``.
+        optimizer_factory: Makes the optimiser from the list of masters, e.g. ``partial(torch.optim.AdamW, lr=1e-5)``.
+        compute_dtype: What to round the parameters to, in place; the masters keep their float32 values. None leaves
+            each in its own. Only parameters: ``model.to(torch.bfloat16)`` would round buffers too, and with them the
+            frequencies of rotary position embeddings.
 
     Raises:
         ValueError: If no parameter requires a gradient, or the optimiser was given other tensors.
@@ -49,14 +52,20 @@ class MasterWeights:
     """
 
     def __init__(
-        self, parameters: Iterable[nn.Parameter], optimizer_factory: Callable[[list[Tensor]], torch.optim.Optimizer]
+        self,
+        parameters: Iterable[nn.Parameter],
+        optimizer_factory: Callable[[list[Tensor]], torch.optim.Optimizer],
+        *,
+        compute_dtype: torch.dtype | None = None,
     ) -> None:
         self.parameters = [p for p in parameters if p.requires_grad]
         if not self.parameters:
             raise ValueError("parameters must hold at least one that requires a gradient: everything is frozen.")
-        self.masters: list[Tensor] = [
-            p.detach().float().requires_grad_() if p.dtype in _HALF else p for p in self.parameters
-        ]
+        self.masters: list[Tensor] = []
+        for parameter in self.parameters:
+            dtype = compute_dtype or parameter.dtype
+            self.masters.append(parameter.detach().float().requires_grad_() if dtype in _HALF else parameter)
+            parameter.data = parameter.data.to(dtype)
         self.optimizer = optimizer_factory(self.masters)
         held = [p for group in self.optimizer.param_groups for p in group["params"]]
         if {id(p) for p in held} != {id(m) for m in self.masters}:
@@ -97,6 +106,22 @@ class MasterWeights:
         for parameter, master in zip(self.parameters, self.masters, strict=True):
             if master is not parameter:
                 parameter.copy_(master)
+
+    @contextmanager
+    def master_precision(self) -> Iterator[None]:
+        """Give the model its float32 masters for a while: to save it without rounding, or to load weights into it.
+
+        What is written into the parameters meanwhile stays, rounded after the end.
+        """
+        rounded = [parameter.data for parameter in self.parameters]
+        for parameter, master in zip(self.parameters, self.masters, strict=True):
+            parameter.data = master.data
+        try:
+            yield
+        finally:
+            for parameter, data in zip(self.parameters, rounded, strict=True):
+                parameter.data = data
+            self.copy_to_parameters()
 
     def state_dict(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """What is needed to go on bit for bit, besides the parameters themselves.

@@ -99,6 +99,36 @@ def test_the_model_holds_the_rounded_masters():
     assert trainer.masters[1] is model[2].weight
 
 
+def test_compute_dtype_rounds_the_parameters_and_not_the_masters():
+    model, x, y = regression(torch.float32)
+    exact = [parameter.detach().clone() for parameter in model.parameters()]
+    trainer = MasterWeights(model.parameters(), ADAM, compute_dtype=torch.bfloat16)
+    for parameter, master, value in zip(model.parameters(), trainer.masters, exact, strict=True):
+        assert parameter.dtype == torch.bfloat16 and torch.equal(parameter, value.bfloat16())
+        assert torch.equal(master, value)
+    train(model, x, y, trainer, 2)
+    assert model[0].weight.dtype == torch.bfloat16
+
+
+def test_master_precision_is_for_saving_and_loading():
+    model, x, y = regression(torch.bfloat16, float32_head=True)
+    trainer = MasterWeights(model.parameters(), ADAM)
+    train(model, x, y, trainer, 3)
+    rounded = [parameter.detach().clone() for parameter in model.parameters()]
+    with trainer.master_precision():
+        assert all(torch.equal(a, b) for a, b in zip(model.parameters(), trainer.masters, strict=True))
+        assert model[0].weight.dtype == torch.float32
+    assert model[0].weight.dtype == torch.bfloat16
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), rounded, strict=True))
+
+    with pytest.raises(KeyError), trainer.master_precision():
+        model[0].weight.data.fill_(1.001)
+        raise KeyError
+    assert (trainer.masters[0] == 1.001).all() and (model[0].weight == 1).all()
+    train(model, x, y, trainer, 1)  # still trains the same tensors
+    assert torch.equal(model[0].weight, trainer.masters[0].bfloat16()) and (trainer.masters[0] != 1.001).any()
+
+
 def test_micro_batches_add_up_in_float32():
     """256 gradients of 1 after one of 256: bf16 has no 257, so adding them there one by one stays at 256."""
     totals = {}
