@@ -86,8 +86,8 @@ def render_ansi(view: EpisodeView) -> str:
 def render_rgb(view: EpisodeView, width: int = 640) -> np.ndarray:
     """The episode as an image: tokens on orange (negative reward) to blue (positive), dark on white.
 
-    Long prompts show their end and long responses theirs, so that the size depends on ``width`` and ``view.max_tokens`` only
-    and the frames of an environment stack into a video.
+    Of long texts the end is shown, so that the size depends on ``width`` and ``view.max_tokens`` only, and the frames
+    of an environment stack into a video.
 
     Args:
         view: The episode.
