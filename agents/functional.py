@@ -5,8 +5,8 @@ response token, EOS included, False after the end. Every function replaces what 
 computes (``torch.where``, never ``* mask``), so whatever is there, inf and NaN too, changes values and gradients by
 exactly 0: multiplying would turn inf into NaN, and even a where() after an exp() sends NaN backwards.
 
-Losses come per token; `aggregate_loss` makes one number of them. Every function raises TypeError when a mask is not bool
-and ValueError when shapes differ: silent broadcasting of (B,) against (B, R) is the classic mistake here.
+Losses come per token; `aggregate_loss` makes one number of them. Every function raises TypeError when a mask is not
+bool and ValueError when shapes differ: silent broadcasting of (B,) against (B, R) is the classic mistake here.
 """
 
 from __future__ import annotations

@@ -2,7 +2,8 @@
 
 bfloat16 has 8 significant bits: between 1 and 2 its numbers are 0.0078 apart, so an Adam step of 1e-5 added to a bf16
 weight of that size rounds away, every time. The forward and backward passes do not mind the format and are much faster
-in it; the sum of many small steps does. So the steps are added up in a float32 copy, and the model gets the rounded sums.
+in it; the sum of many small steps does. So the steps are added up in a float32 copy, and the model gets the rounded
+sums.
 """
 
 from __future__ import annotations

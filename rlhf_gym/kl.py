@@ -22,7 +22,7 @@ from __future__ import annotations
 
 import math
 from numbers import Real
-from typing import Literal, get_args
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -163,21 +163,10 @@ def estimate_kl(logprobs: Tensor, ref_logprobs: Tensor, estimator: KLEstimator =
         >>> estimate_kl(torch.tensor([-1.0]), torch.tensor([-1.5]), "k1")
         tensor([0.5000])
     """
-    check_estimator(estimator)
-    return {"k1": k1, "k2": k2, "k3": k3, "exact": exact_kl}[estimator](logprobs, ref_logprobs)
-
-
-def check_estimator(estimator: str) -> None:
-    """Refuse an unknown estimator's name (for constructors, which should fail before the first rollout).
-
-    Args:
-        estimator: The name to check.
-
-    Raises:
-        ValueError: If it is not one of "k1", "k2", "k3", "exact".
-    """
-    if estimator not in get_args(KLEstimator):
-        raise ValueError(f"kl_estimator must be one of {', '.join(get_args(KLEstimator))}; got {estimator!r}.")
+    estimators = {"k1": k1, "k2": k2, "k3": k3, "exact": exact_kl}
+    if estimator not in estimators:
+        raise ValueError(f"The KL estimator must be one of {', '.join(estimators)}; got {estimator!r}.")
+    return estimators[estimator](logprobs, ref_logprobs)
 
 
 def _finite(name: str, value: float, *, above_zero: bool) -> float:

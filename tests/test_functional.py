@@ -335,7 +335,7 @@ def test_multiplying_by_the_mask_would_not_do():
 
 
 # --- exact expected gradients, by enumeration ------------------------------------------------------------------------
-# The WoAiNi process: tokens 0-3 are 我 爱 你 。; a response ends at 。 or after 4 tokens; the score of 我爱你。 is 1.
+# The WoAiNi process: tokens 0-3 are 我 爱 你 。; a response ends at 。 or after 4 tokens; 我爱你。 scores 1.
 
 BETA = 0.3
 THIRD = 1 / 3
@@ -502,7 +502,7 @@ def test_kl_estimates_disagree_in_gradient():
     [("k2", "sequence", 0.0), ("k1", "token", 0.031), ("k2", "token", 0.003), ("k3", "token", 0.037)],
 )
 def test_where_a_kl_term_in_the_loss_leads(estimator, level, regret):
-    """Published fixed points (beta .3): exact expected gradients followed until they vanish; regret of where they end."""
+    """Published fixed points (beta .3): follow the exact expected gradient until it vanishes; the regret there."""
     process = Process(torch.zeros(woaini()[-1].shape, dtype=torch.float64))
     best = BETA * (process.probability * (process.scores / BETA).exp()).sum().log().item()
     parameters = process.parameters.detach().clone().requires_grad_()

@@ -27,7 +27,7 @@ def test_docstring_examples():
 
 def test_k1_and_k3_are_unbiased_and_k2_is_not():
     p = torch.tensor(P, dtype=torch.float64)
-    expected = {estimator: (p * estimate_kl(log(P), log(Q), estimator)).sum().item() for estimator in ("k1", "k2", "k3")}
+    expected = {name: (p * estimate_kl(log(P), log(Q), name)).sum().item() for name in ("k1", "k2", "k3")}
     assert expected["k1"] == pytest.approx(KL_PQ, abs=1e-12)
     assert expected["k3"] == pytest.approx(KL_PQ, abs=1e-12)
     assert abs(expected["k2"] - KL_PQ) > 0.05
@@ -35,7 +35,7 @@ def test_k1_and_k3_are_unbiased_and_k2_is_not():
 
 
 def test_gradients_of_the_estimators_in_expectation():
-    """Samples come from the policy: E[grad k1] = 0, E[grad k2] = grad KL(pi || ref), E[grad k3] = grad KL(ref || pi)."""
+    """On the policy's own samples: E[grad k1] = 0, E[grad k2] = grad KL(pi||ref), E[grad k3] = grad KL(ref||pi)."""
     logits = log(P).requires_grad_()
     logprobs = logits.log_softmax(-1)
     p = logprobs.detach().exp()
@@ -55,7 +55,8 @@ def test_gradients_of_the_estimators_in_expectation():
 def test_k3_is_not_negative_in_float32():
     generator = torch.Generator().manual_seed(0)
     logprobs = -torch.rand(10_000, generator=generator) * 10
-    ref_logprobs = logprobs + torch.randn(10_000, generator=generator) * 10 ** (-8 * torch.rand(10_000, generator=generator))
+    sizes = 10 ** (-8 * torch.rand(10_000, generator=generator))
+    ref_logprobs = logprobs + sizes * torch.randn(10_000, generator=generator)
     assert k3(logprobs, ref_logprobs).min() >= 0
     log_r = ref_logprobs - logprobs
     assert (log_r.exp() - 1 - log_r).min() < 0  # the formula as written is not
