@@ -17,9 +17,9 @@ from torch import Tensor
 from rlhf_gym.envs.core import TextGenerationProcess
 from rlhf_gym.envs.prompts import Prompt
 from rlhf_gym.kl import estimate_kl, exact_kl
-from rlhf_gym.lm import join_prompts_and_responses, response_logits
+from rlhf_gym.lm import join_responses, response_logits, response_logprobs
 
-# Logits are made for this many (row, token, vocabulary) entries at a time, so that no (B, R, V) float32 tensor ever exists.
+# The exact KL needs logits over the vocabulary: so many entries at a time.
 LOGITS_PER_CHUNK = 2**24
 
 
@@ -158,28 +158,20 @@ def _reference_pass(
     process: TextGenerationProcess, prompts: list[Prompt], ids: Tensor, mask: Tensor, logprobs: Tensor | None
 ) -> tuple[Tensor, Tensor | None]:
     """log pi_ref of the tokens and the KL estimates, both (B, R) float32, 0 after the end."""
-    num_tokens = ids.shape[1]
-    ref_logprobs = torch.zeros(ids.shape, device=ids.device)
-    kl = None if logprobs is None else torch.zeros(ids.shape, device=ids.device)
-    step = max(1, LOGITS_PER_CHUNK // (num_tokens * process.vocab_size))
-    for first in range(0, len(ids), step):
-        rows = slice(first, first + step)
-        context, lengths, starts = join_prompts_and_responses([p.ids for p in prompts[rows]], ids[rows], mask[rows], pad_token_id=process.pad_token_id)
-        logits, _ = response_logits(process.language_model.model, context, lengths, starts, num_tokens)
-        allowed = process.token_filter.mask(logits)
-        ref_all = process.token_filter.logprobs(logits, allowed)
-        tokens = torch.where(mask[rows], ids[rows], 0)
-        if allowed is not None:
-            bad = mask[rows] & ~allowed.expand(*ref_all.shape).gather(-1, tokens[..., None])[..., 0]
-            _refuse(torch.cat([torch.zeros(first, dtype=torch.bool, device=bad.device), bad.any(1)]), "a token is forbidden there (allowed_tokens, top_k or top_p)")
-        ref_logprobs[rows] = torch.where(mask[rows], ref_all.gather(-1, tokens[..., None])[..., 0], 0.0)
-        if kl is not None:
-            estimates = (
-                exact_kl(logprobs[rows], ref_all) if logprobs.dim() == 3 else estimate_kl(logprobs[rows], ref_logprobs[rows], process.kl_estimator)
-            )
-            _refuse(
-                torch.cat([torch.zeros(first, dtype=torch.bool, device=ids.device), (mask[rows] & ~torch.isfinite(estimates)).any(1)]),
-                "logprobs must be finite on the response (and give no probability to forbidden tokens)",
-            )
-            kl[rows] = torch.where(mask[rows], estimates, 0.0)
-    return ref_logprobs, kl
+    model, token_filter = process.language_model.model, process.token_filter
+    prompt_ids = [p.ids for p in prompts]
+    ref_logprobs = response_logprobs(model, prompt_ids, ids, mask, token_filter=token_filter)
+    _refuse((ref_logprobs == -torch.inf).any(1), "a token is forbidden there (allowed_tokens, top_k or top_p)")
+    if logprobs is None:
+        return ref_logprobs, None
+    kl = torch.zeros(ids.shape, device=ids.device)
+    if logprobs.dim() == 2:
+        kl = estimate_kl(torch.where(mask, logprobs, 0.0), ref_logprobs, process.kl_estimator)
+    else:
+        context, lengths, prompt_lengths = join_responses(prompt_ids, ids, mask)
+        for rows in torch.arange(len(ids), device=ids.device).split(max(1, LOGITS_PER_CHUNK // (ids.shape[1] * process.vocab_size))):
+            logits, _ = response_logits(model, context[rows], lengths[rows], prompt_lengths[rows] - 1, ids.shape[1])
+            allowed = token_filter.mask(logits, keep=torch.where(mask[rows], ids[rows], 0))
+            kl[rows] = exact_kl(logprobs[rows], token_filter.logprobs(logits, allowed))
+    _refuse((mask & ~torch.isfinite(kl)).any(1), "logprobs must be finite on the response and give no probability to forbidden tokens")
+    return ref_logprobs, torch.where(mask, kl, 0.0)

@@ -1,0 +1,29 @@
+"""Agents: one file per algorithm, over the shared rollout (``rollout.py``) and pure functions (``functional.py``)."""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any
+
+# Name on the command line -> where the class is. Loaded when first used: torch and Stable-Baselines3 take seconds to import.
+AGENTS = {
+    "ppo": "rlhf_gym.agents.ppo:PPO",
+    "trpo": "rlhf_gym.agents.trpo:TRPO",
+    "sb3-ppo": "rlhf_gym.agents.sb3:SB3PPO",
+    "a2c": "rlhf_gym.agents.sb3:A2C",
+}
+_LAZY = {path.partition(":")[2]: path for path in AGENTS.values()} | {
+    "Agent": "rlhf_gym.agents.base:Agent",
+    "AnnounceLogprobs": "rlhf_gym.agents.sb3:AnnounceLogprobs",
+    "GymVectorToSB3": "rlhf_gym.agents.sb3:GymVectorToSB3",
+    "PPOConfig": "rlhf_gym.agents.ppo:PPOConfig",
+    "SB3Agent": "rlhf_gym.agents.sb3:SB3Agent",
+}
+__all__ = ["AGENTS", *_LAZY]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _LAZY:
+        module, _, attribute = _LAZY[name].partition(":")
+        return getattr(importlib.import_module(module), attribute)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,0 +1,291 @@
+"""What every batched agent does the same way: the learning loop, predicting, saving and loading.
+
+An algorithm is a subclass with a frozen ``config_class`` and one method, ``update(rollout) -> metrics``.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import dataclasses
+import json
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, ClassVar
+
+import numpy as np
+import torch
+from gymnasium.vector import VectorEnv
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from rlhf_gym import __version__
+from rlhf_gym.atomic import replaced_directory, verified_files
+from rlhf_gym.kl import AdaptiveKL, FixedKL
+from rlhf_gym.lm import TokenFilter, load_language_model, make_engine, sample_tokens
+from rlhf_gym.lm.load import vocab_size
+
+from .logs import Progress, rollout_metrics
+from .policy import Policy
+from .precision import MasterWeights
+from .rollout import Collector, Rollout
+
+Callback = Callable[["Agent", dict[str, float]], Any]
+
+
+class Agent:
+    """A policy with an optimiser that learns in a text-generation environment.
+
+    Args:
+        envs: A vector environment, ours or any other whose observations hold ``input_ids`` and ``attention_mask`` (then ``policy`` is needed).
+        policy: The causal LM to train: a ``PreTrainedModel`` (trained in place), a name or directory, or None for a copy of the environment's reference.
+        seed: Seed of sampling, minibatches and the environment's prompts.
+        **config: Fields of ``config_class``.
+
+    Attributes:
+        num_timesteps: Response tokens generated so far, EOS included.
+        num_updates: Rollouts learnt from so far.
+    """
+
+    config_class: ClassVar[type]
+
+    def __init__(self, envs: VectorEnv, policy: Any = None, seed: int = 0, **config: Any):
+        self.config = _make_config(self.config_class, config)
+        self.envs, self.seed = envs, seed
+        base = envs.unwrapped
+        model, self.tokenizer = _policy_model(base, policy)
+        num_actions, num_tokens = int(envs.single_action_space.n), vocab_size(model)
+        if num_tokens != num_actions:
+            raise ValueError(f"policy must have the environment's vocabulary of {num_actions} tokens, got {num_tokens}")
+        cfg = self.config
+        dtype = compute_dtype(cfg.dtype, next(model.parameters()).device)
+        self.policy = Policy(model, critic=cfg.critic, token_filter=getattr(base, "token_filter", TokenFilter()), dtype=dtype)
+        self.optimizer = MasterWeights(self.policy.parameters(), self.make_optimizer)
+        self.generator = torch.Generator().manual_seed(seed)
+        self._predict_generator = torch.Generator().manual_seed(seed)
+        self.collector = Collector(envs, self.policy, self.generator, cfg.num_rounds)
+        self.kl_controller: FixedKL | AdaptiveKL | None = None
+        if hasattr(base, "kl_coef"):
+            target = getattr(cfg, "ref_kl_target", None)
+            self.kl_controller = FixedKL(base.kl_coef) if target is None else AdaptiveKL(base.kl_coef, target, cfg.kl_horizon)
+        self.num_timesteps = self.num_updates = self.total_timesteps = 0
+        self._started = False
+        self._predict_engines: dict[Any, Any] = {}
+
+    # ---- for the algorithm
+
+    def make_optimizer(self, parameters: list[Tensor]) -> torch.optim.Optimizer:
+        """AdamW without weight decay, which would pull the policy towards 0 and not towards the reference."""
+        return torch.optim.AdamW(parameters, lr=self.config.learning_rate, betas=(0.9, 0.999), eps=1e-5, weight_decay=0.0)
+
+    def update(self, rollout: Rollout) -> dict[str, float]:
+        """Learn from one rollout; returns metrics. The algorithm."""
+        raise NotImplementedError
+
+    @property
+    def progress_remaining(self) -> float:
+        """Share of ``total_timesteps`` that is left, from 1 down to 0: for schedules."""
+        return max(0.0, 1.0 - self.num_timesteps / self.total_timesteps) if self.total_timesteps else 1.0
+
+    # ---- learning
+
+    def learn(self, total_timesteps: int, callback: Callback | Sequence[Callback] | None = None, progress_bar: bool = False) -> Agent:
+        """Train until the agent has generated ``total_timesteps`` tokens in all.
+
+        A loaded agent goes on from where it was saved, bit for bit as if it had never stopped (on a CPU).
+
+        Args:
+            total_timesteps: Tokens, EOS included, >= 1. Schedules end here. Whole rollouts are collected, so it ends a little above.
+            callback: Called as ``callback(agent, metrics)`` after each update; returning False ends the training.
+            progress_bar: Show a bar with tokens per second, score and KL.
+        """
+        if total_timesteps < 1:
+            raise ValueError(f"total_timesteps must be >= 1, got {total_timesteps}")
+        self.total_timesteps = int(total_timesteps)
+        callbacks = [callback] if callable(callback) else list(callback or [])
+        if not self._started:
+            self.envs.reset(seed=self.seed)
+            # That reset drew a prompt for each row; drawing again from the seed keeps the first rollout's prompts the first ones.
+            self._rewind_prompts()
+            self._started = True
+        with Progress(self.total_timesteps, self.num_timesteps, show=progress_bar) as progress:
+            while self.num_timesteps < self.total_timesteps:
+                progress.start_rollout()
+                rollout = self.collector.collect(progress.tokens)
+                progress.start_update()
+                self.num_timesteps += rollout.num_tokens
+                metrics = self.update(rollout)
+                self.num_updates += 1
+                self._invalidate()
+                metrics = rollout_metrics(self, rollout) | metrics | progress.end_update(rollout)
+                if self.kl_controller is not None:
+                    sequence_kl = rollout.batch.kl.sum(1).mean().item()
+                    self.envs.unwrapped.kl_coef = self.kl_controller.update(sequence_kl, len(rollout.batch))
+                if any([call(self, metrics) is False for call in callbacks]):  # a list: every callback hears of every update
+                    break
+        return self
+
+    def _rewind_prompts(self) -> None:
+        base = self.envs.unwrapped
+        if hasattr(base, "load_prompt_order_state"):
+            states = base.prompt_order_state()
+            base.load_prompt_order_state([state and {**state, "cursor": 0} for state in states])
+
+    def _invalidate(self) -> None:
+        for engine in self._predict_engines.values():
+            engine.invalidate()
+
+    # ---- acting
+
+    @property
+    def policy_model(self) -> Any:
+        """The trained language model, a ``PreTrainedModel``."""
+        return self.policy.model
+
+    @torch.no_grad()
+    def predict(self, observation: dict[str, Any], deterministic: bool = False) -> tuple[Any, None]:
+        """Choose the next tokens, in the manner of Stable-Baselines3.
+
+        Args:
+            observation: ``input_ids`` and ``attention_mask`` of one row (L,) or several (N, L), numpy or torch.
+            deterministic: The likeliest token instead of a sample.
+
+        Returns:
+            Tokens of shape () or (N,), int64, numpy or torch like the observation; and None (there is no recurrent state to carry).
+        """
+        ids, mask = (torch.as_tensor(observation[key]).to(self.policy.device) for key in ("input_ids", "attention_mask"))
+        single = ids.dim() == 1
+        ids, lengths = (ids[None], mask[None].sum(1)) if single else (ids, mask.sum(1))
+        policy_filter = self.policy.token_filter
+        logits = self._cached_engine(self.policy.model, ids).next_logits(ids.long(), lengths.long())
+        reference = self._cached_engine(self.envs.unwrapped.language_model.model, ids) if policy_filter.uses_reference else None
+        allowed = policy_filter.mask(logits if reference is None else reference.next_logits(ids.long(), lengths.long()))
+        logprobs = policy_filter.logprobs(logits, allowed)
+        if deterministic:
+            tokens = logprobs.argmax(-1)
+        else:
+            tokens = sample_tokens(logprobs, torch.rand(len(ids), generator=self._predict_generator).to(ids.device))
+        tokens = tokens[0] if single else tokens
+        return (tokens if isinstance(observation["input_ids"], Tensor) else tokens.cpu().numpy()), None
+
+    def _cached_engine(self, model: Any, ids: Tensor) -> Any:
+        key = (id(model), *ids.shape)
+        if key not in self._predict_engines:
+            self._predict_engines[key] = make_engine(model, *ids.shape)
+        return self._predict_engines[key]
+
+    # ---- saving
+
+    def save(self, directory: str | Path) -> None:
+        """Write a directory that ``AutoModelForCausalLM.from_pretrained`` loads, with all that ``load`` needs to go on.
+
+        The directory appears whole or not at all, whenever the process dies; one that was there before is replaced.
+        """
+        with replaced_directory(directory) as folder, self._master_weights():
+            self.policy.model.save_pretrained(folder)
+            if self.policy.critic is not None:
+                self.policy.critic.save_pretrained(folder / "critic")
+            if self.tokenizer is not None:
+                self.tokenizer.save_pretrained(folder)
+            save_file({k: v.contiguous() for k, v in self.policy.value_head.state_dict().items()}, folder / "value_head.safetensors")
+            tensors, scalars = self.optimizer.state_dict()
+            generators = {"generator": self.generator.get_state(), "predict_generator": self._predict_generator.get_state()}
+            save_file({k: v.contiguous() for k, v in tensors.items()} | generators, folder / "trainer_state.safetensors")
+            base = self.envs.unwrapped
+            state = {
+                "agent": type(self).__name__,
+                "version": __version__,
+                "config": dataclasses.asdict(self.config),
+                "seed": self.seed,
+                "num_timesteps": self.num_timesteps,
+                "num_updates": self.num_updates,
+                "optimizer": scalars,
+                "kl_controller": self.kl_controller.state_dict() if self.kl_controller else None,
+                "prompt_order": base.prompt_order_state() if hasattr(base, "prompt_order_state") else None,
+            }
+            (folder / "trainer_state.json").write_text(json.dumps(state, indent=1))
+
+    @contextlib.contextmanager
+    def _master_weights(self) -> Iterator[None]:
+        """The parameters hold their float32 masters, so that what is saved is what has been learnt and not its rounding."""
+        pairs = list(zip(self.optimizer.parameters, self.optimizer.masters, strict=True))
+        rounded = [parameter.data for parameter, _ in pairs]
+        for parameter, master in pairs:
+            parameter.data = master.data
+        try:
+            yield
+        finally:
+            for (parameter, _), data in zip(pairs, rounded, strict=True):
+                parameter.data = data
+
+    @classmethod
+    def load(cls, directory: str | Path, env: VectorEnv) -> Agent:
+        """The agent that ``save`` wrote, ready to act in ``env`` and to go on learning.
+
+        Raises:
+            FileNotFoundError: If there is no saved agent.
+            ValueError: If a file was damaged, the agent is of another class, or ``env`` does not fit it.
+        """
+        folder = verified_files(Path(directory), "trainer_state.json")
+        state = json.loads((folder / "trainer_state.json").read_text())
+        if state["agent"] != cls.__name__:
+            raise ValueError(f"{directory} holds a {state['agent']}, not a {cls.__name__}; load it with that class")
+        agent = cls(env, policy=str(folder), seed=state["seed"], **state["config"])
+        if agent.policy.critic is not None:
+            critic = load_language_model(str(folder / "critic"), agent.tokenizer, device=agent.policy.device, dtype="float32").model
+            agent.policy.critic.load_state_dict(critic.state_dict())
+        agent.policy.value_head.load_state_dict(load_file(folder / "value_head.safetensors"))
+        tensors = load_file(folder / "trainer_state.safetensors")
+        agent.generator.set_state(tensors.pop("generator"))
+        agent._predict_generator.set_state(tensors.pop("predict_generator"))
+        agent.optimizer.load_state_dict(tensors, state["optimizer"])
+        if agent.kl_controller is not None and state["kl_controller"]:
+            agent.kl_controller.load_state_dict(state["kl_controller"])
+            env.unwrapped.kl_coef = agent.kl_controller.coef
+        if state["prompt_order"] is not None and hasattr(env.unwrapped, "load_prompt_order_state"):
+            env.unwrapped.load_prompt_order_state(state["prompt_order"])
+        agent.num_timesteps, agent.num_updates = state["num_timesteps"], state["num_updates"]
+        agent._started = agent.num_updates > 0
+        return agent
+
+
+def _make_config(config_class: type, values: dict[str, Any]) -> Any:
+    known = [f.name for f in dataclasses.fields(config_class)]
+    for name in values:
+        if name not in known:
+            import difflib
+
+            near = difflib.get_close_matches(name, known, n=1)
+            raise TypeError(f"{config_class.__name__} has no field {name!r}" + (f"; did you mean {near[0]!r}?" if near else f"; fields: {', '.join(known)}"))
+    return config_class(**values)
+
+
+def _policy_model(base: Any, policy: Any) -> tuple[Any, Any]:
+    """The model to train and its tokenizer (None where nobody knows one)."""
+    reference = getattr(base, "language_model", None)
+    tokenizer = getattr(base, "tokenizer", None)
+    if policy is None:
+        if reference is None:
+            raise ValueError("policy is missing: this environment has no reference to copy; pass policy=, a causal LM or the name of one")
+        return copy.deepcopy(reference.model), tokenizer
+    if isinstance(policy, (str, Path)):
+        loaded = load_language_model(str(policy), device=getattr(base, "device", "auto"), dtype="float32")
+        return loaded.model, tokenizer or loaded.tokenizer
+    if reference is not None and policy is reference.model:
+        # Training it in place would move the reference with it, and the KL would stay 0 for ever.
+        return copy.deepcopy(policy), tokenizer
+    return policy, tokenizer
+
+
+def compute_dtype(name: str, device: torch.device) -> torch.dtype:
+    """Precision of the forward passes: "float32", "bfloat16", or "auto" (bfloat16 on a CUDA device that has it, else float32)."""
+    if name == "auto":
+        return torch.bfloat16 if device.type == "cuda" and torch.cuda.is_bf16_supported() else torch.float32
+    if name not in ("float32", "bfloat16"):
+        raise ValueError(f'dtype must be "auto", "float32" or "bfloat16", got {name!r}')
+    return getattr(torch, name)
+
+
+def as_floats(metrics: dict[str, Any]) -> dict[str, float]:
+    """Tensors and numpy numbers as plain floats."""
+    return {key: float(value.item() if isinstance(value, (Tensor, np.generic)) else value) for key, value in metrics.items()}

@@ -1,0 +1,95 @@
+"""The policy of the batched agents: a causal LM with a value head, differentiable over whole responses."""
+
+from __future__ import annotations
+
+import copy
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from rlhf_gym.lm import TokenFilter
+from rlhf_gym.lm.forward import forward_at
+
+from .functional import entropy_from_logits
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from .rollout import Batch
+
+CRITICS = ("shared", "separate")
+
+
+class Policy(nn.Module):
+    """A language model that chooses tokens, and a value head that says what the state is worth.
+
+    The value head reads what the LM head reads: the hidden state of the last token *before* the action, so V never sees the action. It starts
+    at 0 and stays in float32.
+
+    Args:
+        model: The causal LM to train, taken as it is. Dropout is off always: with it the ratio of new to old would not be 1 to begin with.
+        critic: "shared" (the head on the LM's trunk) or "separate" (a trunk of its own, a copy).
+        token_filter: Temperature and masks of the process.
+        dtype: Computing precision of the LM.
+    """
+
+    def __init__(self, model: PreTrainedModel, *, critic: str = "shared", token_filter: TokenFilter | None = None, dtype: torch.dtype = torch.float32):
+        super().__init__()
+        if critic not in CRITICS:
+            raise ValueError(f"critic must be one of {', '.join(map(repr, CRITICS))}, got {critic!r}")
+        self.model = model.requires_grad_(True)
+        self.critic = copy.deepcopy(model) if critic == "separate" else None
+        self.token_filter = token_filter or TokenFilter()
+        self.to(dtype)
+        head = model.get_output_embeddings()
+        width = model.config.get_text_config().hidden_size if head is None or not hasattr(head, "in_features") else head.in_features
+        self.value_head = nn.Linear(width, 1, device=self.device)
+        nn.init.zeros_(self.value_head.weight)
+        nn.init.zeros_(self.value_head.bias)
+        self.eval()
+
+    @property
+    def device(self) -> torch.device:
+        """Where the LM lives."""
+        return next(self.model.parameters()).device
+
+    def train(self, mode: bool = True) -> Policy:
+        """Stays in eval mode whatever is asked, so that dropout is off; gradients do not depend on it."""
+        return super().train(False)
+
+    def value(self, hidden: Tensor) -> Tensor:
+        """Values of states given the LM head's input. (..., d) -> (...), float32."""
+        return self.value_head(hidden.float())[..., 0]
+
+    def forward(self, batch: Batch, *, with_entropy_gradient: bool = False) -> tuple[Tensor, Tensor, Tensor]:
+        """Log-probs of the response tokens, values of the states they were chosen in, and entropies there.
+
+        The LM head runs on response tokens only, packed, so neither prompts nor padding reach the (tokens, V) logits.
+
+        Args:
+            batch: Some rows of a rollout.
+            with_entropy_gradient: Whether the entropy is to be differentiated (it costs a copy of the logits).
+
+        Returns:
+            Three tensors (B, R), float32, 0 after the end.
+        """
+        row, step = batch.response_mask.nonzero(as_tuple=True)
+        columns = (batch.prompt_lengths[row] - 1 + step)[None]
+        tokens = batch.response_ids[row, step]
+        logits, hidden, _ = forward_at(self.model, batch.ids, row[None], columns, use_cache=False)
+        logits = logits[0].float()
+        allowed = self._allowed(batch, logits, row, step)
+        logprobs = self.token_filter.token_logprobs(logits, tokens, allowed)
+        with torch.set_grad_enabled(with_entropy_gradient):
+            scaled = logits / self.token_filter.temperature
+            entropy = entropy_from_logits(scaled if allowed is None else scaled.masked_fill(~allowed, -torch.inf))
+        if self.critic is not None:
+            hidden = forward_at(self.critic, batch.ids, row[None], columns, use_cache=False)[1]
+        values = self.value(hidden[0])
+        return tuple(torch.zeros(batch.response_ids.shape, device=x.device).index_put((row, step), x) for x in (logprobs, values, entropy))
+
+    def _allowed(self, batch: Batch, logits: Tensor, row: Tensor, step: Tensor) -> Tensor | None:
+        if self.token_filter.uses_reference:
+            return batch.allowed[row, step]  # as it was when the token was chosen
+        return self.token_filter.mask(logits)
