@@ -398,7 +398,6 @@ def policy_loss_clipped(
     low, high = _clip_bounds(clip_range)
     if dual_clip is not None and not 1 + high < dual_clip < math.inf:
         raise ValueError(f"dual_clip must be None or more than 1 + clip_range ({1 + high:g}), got {dual_clip!r}.")
-    advantages = _real(advantages, mask)
     log_ratio = _real(logprobs, mask) - _real(old_logprobs, mask)
     ratio = log_ratio.detach().exp()
 
