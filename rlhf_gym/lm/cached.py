@@ -12,6 +12,7 @@ from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 from transformers.cache_utils import Cache, StaticLayer
 
+from .engine import inference
 from .forward import forward_at
 from .recompute import ModelEngine
 
@@ -121,5 +122,6 @@ def _cache_of_one_token(model: PreTrainedModel) -> list[tuple[Tensor, Tensor]]:
     """Keys and values of a one-token forward: the only sure way to know the shapes and dtypes of a model's cache."""
     ids = torch.zeros(1, 1, dtype=torch.long, device=next(model.parameters()).device)
     cache, index = DynamicCache(), torch.zeros(1, 1, dtype=torch.long, device=ids.device)
-    forward_at(model, ids, index, index, past_key_values=cache, use_cache=True)
+    with inference(model):
+        forward_at(model, ids, index, index, past_key_values=cache, use_cache=True)
     return [(layer.keys, layer.values) for layer in cache.layers]

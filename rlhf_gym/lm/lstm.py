@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast
@@ -29,7 +31,7 @@ class LSTMForCausalLM(PreTrainedModel):
 
     config_class = LSTMConfig
     base_model_prefix = ""
-    _tied_weights_keys = {"lm_head.weight": "embed_tokens.weight"}
+    _tied_weights_keys: ClassVar[dict[str, str]] = {"lm_head.weight": "embed_tokens.weight"}
 
     def __init__(self, config: LSTMConfig):
         super().__init__(config)

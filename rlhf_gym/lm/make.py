@@ -10,6 +10,7 @@ from transformers import PreTrainedModel
 
 from .cached import RaggedKV, attention_windows
 from .engine import Engine, inference
+from .lean import LeanKV
 from .load import LanguageModel, max_context
 from .recompute import Recompute
 from .recurrent import Recurrent
@@ -79,7 +80,7 @@ def _proved_class(model: PreTrainedModel, max_tokens: int) -> type[Engine]:
 def _candidates(model: PreTrainedModel) -> list[type[Engine]]:
     if model.config.model_type == "rlhf_gym_lstm":
         return [Recurrent, Recompute]
-    return [RaggedKV, Recompute]
+    return [LeanKV, RaggedKV, Recompute] if LeanKV.supports(model) else [RaggedKV, Recompute]
 
 
 def _objection(candidate: type[Engine], model: PreTrainedModel, max_tokens: int) -> str | None:
@@ -99,7 +100,9 @@ def _objection(candidate: type[Engine], model: PreTrainedModel, max_tokens: int)
         for step in range(num_decodes):
             found.append(engine.decode(ids[rows, lengths + step], torch.ones_like(rows, dtype=torch.bool)))
         given = engine.logits_at(ids, lengths + num_decodes, lengths - 1, num_decodes + 1).float()
-    except Exception as error:  # whatever a model does not support, in whatever way it says so
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:  # noqa: BLE001 - whatever a model does not support, in whatever way it says so
         return f"{type(error).__name__}: {error}"
     expected = torch.stack([_plain_logits(model, ids[i, : lengths[i] + num_decodes])[lengths[i] - 1 :] for i in (0, 1)])
     # Of the logits' own spread, since a small model's logits can all be small.

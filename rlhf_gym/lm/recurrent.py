@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from .engine import inference
 from .forward import forward_at
 from .recompute import ModelEngine
 
@@ -19,7 +20,7 @@ class Recurrent(ModelEngine):
     def __init__(self, model: PreTrainedModel, num_rows: int, max_tokens: int):
         super().__init__(model, num_rows, max_tokens)
         ids = torch.zeros(1, 1, dtype=torch.long, device=self.device)
-        with torch.no_grad():
+        with inference(model):
             past = model(input_ids=ids, use_cache=True).past_key_values
         for i, example in enumerate(past):
             layers, _, width = example.shape
