@@ -1,4 +1,4 @@
-"""Rewards: what a response is worth. Any function of your own, a model, or one of the ready ones; see ``docs/rewards.md``."""
+"""Rewards: what a response is worth. A function of your own, a model, or a ready one; see ``docs/rewards.md``."""
 
 from .classify import classifier
 from .inputs import RewardError, RewardInputs, Scores

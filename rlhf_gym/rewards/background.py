@@ -15,8 +15,8 @@ _thread: threading.Thread | None = None
 def run_coroutine(coroutine: Coroutine[Any, Any, Any]) -> Any:
     """Wait for a coroutine and return its result.
 
-    All coroutines share one event loop in one daemon thread: ``asyncio.run`` refuses to start inside a running loop, and would close
-    the loop after each call, and with it the HTTP session that an async reward keeps between calls.
+    All coroutines share one event loop in one daemon thread: ``asyncio.run`` refuses to start inside a running loop,
+    and would close the loop after each call, and with it the HTTP session that an async reward keeps between calls.
     """
     global _loop, _thread
     with _lock:

@@ -64,10 +64,11 @@ class Classifier:
         longest = max(range(len(rows)), key=lambda row: len(rows[row]))
         if self.max_tokens is not None and len(rows[longest]) > self.max_tokens:
             raise ValueError(
-                f"the text of row {longest} has {len(rows[longest])} tokens, more than the {self.max_tokens} that the classifier reads; "
-                'truncation="left" or "right" would cut it'
+                f"the text of row {longest} has {len(rows[longest])} tokens, more than the {self.max_tokens} that the "
+                'classifier reads; truncation="left" or "right" would cut it'
             )
-        # Token types only where they mean something: GPT-2 takes them too, and would add the embedding of token 0 to every position.
+        # Token types only where they mean something: GPT-2 takes them too, and would add the embedding of token 0 to
+        # every position.
         wanted = self.reads == "pair" and getattr(self.model.config, "type_vocab_size", 0) > 1
         return rows, encoded.get("token_type_ids") if wanted else None
 
@@ -80,8 +81,9 @@ class Classifier:
         """One forward over the batch, padded on the right. Shape (B, num_labels)."""
         import torch
 
-        # Decoders read their answer at the last token that is not config.pad_token_id, whatever the tokenizer pads with. So pad with exactly
-        # that; without one they refuse batches, and any token that no row ends with then serves for the length of this call.
+        # Decoders read their answer at the last token that is not config.pad_token_id, whatever the tokenizer pads
+        # with. So pad with exactly that; without one they refuse batches, and any token that no row ends with then
+        # serves for the length of this call.
         config = self.model.config.get_text_config()
         known = config.pad_token_id
         last = {ids[-1] for ids in rows}
@@ -97,9 +99,12 @@ class Classifier:
             inputs["token_type_ids"] = padded(types, 0)
         config.pad_token_id = pad
         try:
-            return self.model(**inputs).logits
+            logits = self.model(**inputs).logits
         finally:
             config.pad_token_id = known
+        if tuple(logits.shape) != (len(rows), len(self.model.config.id2label)):
+            raise ValueError(f"the classifier returned logits of shape {tuple(logits.shape)} for {len(rows)} texts")
+        return logits
 
 
 def classifier(
@@ -115,14 +120,16 @@ def classifier(
 ) -> Classifier:
     """One output of a Hugging Face sequence classifier. The boundary is text: it may have any tokenizer and vocabulary.
 
-    Runs in eval mode and without gradients, one forward for all responses; a model loaded here runs in float32. Batching changes no score.
+    Runs in eval mode and without gradients, one forward for all responses; a model loaded here runs in float32.
+    Batching changes no score.
 
     Args:
         model: Directory or hub id of a sequence classifier (safetensors), or a model object, used where and as it is.
         tokenizer: Its tokenizer, or a directory; None takes the one beside the model.
         label: Name or index of the output. None takes the only one, or the one named "positive", or the second of two.
         output: "logit", or "probability" (softmax; sigmoid for one label and for multi-label models).
-        reads: What it is given: "prompt+response" (one text), "response", or "pair" (two segments, as in models trained on question and answer).
+        reads: What it is given: "prompt+response" (one text), "response", or "pair" (two segments, as in models
+            trained on question and answer).
         truncation: What gives way in a text longer than ``max_tokens``: "left" or "right" end, or "error".
         max_tokens: Longest input, special tokens included. None takes the model's own limit.
         device: Where a model that is loaded here goes; "auto" is CUDA where there is one.
@@ -140,11 +147,16 @@ def classifier(
         model = _load(source, device)
     else:
         source = getattr(model.config, "_name_or_path", "")
+        if model.get_output_embeddings() is not None:
+            raise ValueError(
+                f"classifier: {type(model).__name__} is a language model; use perplexity(model, tokenizer)"
+            )
     tokenizer = _load_tokenizer(tokenizer, source)
     size, largest = model.get_input_embeddings().weight.shape[0], max(tokenizer.get_vocab().values(), default=-1)
     if largest >= size:
         raise ValueError(
-            f"classifier: the tokenizer has the token id {largest}, but the model's vocabulary is {size}; use the model's own tokenizer"
+            f"classifier: the tokenizer has the token id {largest}, but the model's vocabulary is {size}; use the "
+            "model's own tokenizer"
         )
     if truncation != "error":
         tokenizer.truncation_side = truncation
@@ -176,10 +188,12 @@ def _load(source: str, device: torch.device | str) -> Any:
             f"classifier: {source!r} cannot be loaded as a sequence classifier from safetensors: {error}"
         ) from error
     if info["missing_keys"]:
-        # transformers would fill them with noise and go on with a warning: a language model's directory would become a random reward.
+        # transformers would fill them with noise and go on with a warning: a language model's directory would become a
+        # random reward.
+        missing = ", ".join(sorted(info["missing_keys"])[:3])
         raise ValueError(
-            f"classifier: {source!r} is no trained sequence classifier, the weights {', '.join(sorted(info['missing_keys'])[:3])} are missing; "
-            "for a language model use perplexity(...)"
+            f"classifier: {source!r} is no trained sequence classifier, it has no weights {missing}; for a language "
+            "model use perplexity(...)"
         )
     return model.to(device).requires_grad_(False)
 
@@ -190,7 +204,8 @@ def _load_tokenizer(tokenizer: Any, source: str) -> Any:
     place = source if tokenizer is None else os.fspath(tokenizer)
     if not (Path(place).is_dir() or "/" in place):
         raise ValueError(
-            "classifier: tokenizer must be given with a model object that was not loaded from a directory: classifier(model, tokenizer)"
+            "classifier: tokenizer must be given with a model object that was not loaded from a directory: "
+            "classifier(model, tokenizer)"
         )
     from transformers import AutoTokenizer
 

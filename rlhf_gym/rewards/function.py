@@ -25,7 +25,8 @@ class FunctionReward(Reward):
     """One reward function as one term.
 
     Args:
-        function: What scores. ``dense = True`` on it says that it returns one list of numbers per response, one per token.
+        function: What scores. ``dense = True`` on it says that it returns one list of numbers per response, one per
+            token.
         name: Its name in the ledger.
 
     Raises:
@@ -42,7 +43,8 @@ class FunctionReward(Reward):
     def with_language_model(self, language_model: LanguageModel) -> Reward:
         if not self.needs_language_model:
             return self
-        return FunctionReward(self.function.with_language_model(language_model), self.name)  # type: ignore[attr-defined]
+        bound = self.function.with_language_model(language_model)  # type: ignore[attr-defined]
+        return FunctionReward(bound, self.name)
 
     def score(self, inputs: RewardInputs) -> Scores:
         if self.dense:
@@ -62,7 +64,7 @@ class FunctionReward(Reward):
         return [np.zeros(len(ids)) if r is None else r for r, ids in zip(rows, inputs.completion_ids, strict=True)]
 
     def _scores(self, inputs: RewardInputs) -> np.ndarray:
-        # None means "does not apply" in TRL's form; from a function of one text it is far more often a forgotten return.
+        # None means "does not apply" in TRL's form; from a function of one text it is more often a forgotten return.
         output = self._call(inputs)
         try:
             if self.form.batch:
@@ -101,8 +103,9 @@ class FunctionReward(Reward):
             if parameter in inputs.columns:
                 kind = self.form.parameters[parameter]
                 raise RewardError(
-                    f"reward function {self.name!r}: its parameter {parameter!r} would receive the {kind}, but the prompts have a column of that name; "
-                    f"rename it to {kind!r}, or take f(completions, {parameter}) to score a batch with the column",
+                    f"reward function {self.name!r}: its parameter {parameter!r} would receive the {kind}, but the "
+                    f"prompts have a column of that name; rename it to {kind!r}, or take f(completions, {parameter}) to "
+                    "score a batch with the column",
                     function=self.name,
                 )
         calls = [{p: texts[kind][row] for p, kind in self.form.parameters.items()} for row in range(len(inputs))]

@@ -88,8 +88,8 @@ class Scores:
 
     Attributes:
         total: Score of each response. Shape (B,), float64, finite.
-        terms: The ledger: what each term contributed, weight included. Each of shape (B,), float64; NaN where the term did
-            not apply, which counts as 0. The terms sum to ``total``.
+        terms: The ledger: what each term contributed, weight included. Each of shape (B,), float64; NaN where the term
+            did not apply, which counts as 0. The terms sum to ``total``.
     """
 
     total: np.ndarray
@@ -112,7 +112,8 @@ def sum_terms(terms: dict[str, np.ndarray]) -> np.ndarray:
     Raises:
         RewardError: If a finite score times its weight, or the sum, is too large for a float.
     """
-    total = np.nansum(np.stack(list(terms.values())), axis=0)
+    with np.errstate(over="ignore"):  # refused below, with a better message
+        total = np.nansum(np.stack(list(terms.values())), axis=0)
     if not np.isfinite(total).all():
         row = int(np.flatnonzero(~np.isfinite(total))[0])
         raise RewardError(

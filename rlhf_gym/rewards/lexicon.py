@@ -1,4 +1,4 @@
-"""Sentiment by counting words of a small lexicon, with simple negation: a reward that costs nothing and needs no model."""
+"""Sentiment by counting words of a small lexicon, with simple negation: a reward that needs no model."""
 
 from __future__ import annotations
 
@@ -78,8 +78,9 @@ _TOKEN = re.compile(r"[a-z]+(?:[-'][a-z]+)*|[.,;:!?()\"]")
 def sentiment() -> Callable[..., list[float]]:
     """Sentiment of English text in [-1, 1]: (positive - negative) / (positive + negative) words, 0 when there are none.
 
-    A negator (not, never, n't, without, ...) turns round the sentiment words among the next three words, up to a punctuation mark or "but".
-    The mean and not the sum, so that saying one more happy word does not raise the score of a text that is happy already.
+    A negator (not, never, n't, without, ...) turns round the sentiment words among the next three words, up to a
+    punctuation mark or "but". The mean and not the sum, so that saying one more happy word does not raise the score of
+    a text that is happy already.
 
     Example:
         >>> sentiment()(["A great film!", "not a good film, but funny", "It was bad."])

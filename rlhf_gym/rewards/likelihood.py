@@ -33,7 +33,8 @@ class ReferenceLogprob:
     def __call__(self, prompt_ids: list[list[int]], completion_ids: list[list[int]]) -> np.ndarray:
         if self.language_model is None:
             raise ValueError(
-                "it needs the environment's reference model; make the environment with model=..., or give reference_logprob a language_model"
+                "it needs the environment's reference model; make the environment with model=..., or give it one: "
+                "reference_logprob(language_model=...)"
             )
         return _sum_logprobs(self.language_model, prompt_ids, completion_ids) / (
             _lengths(completion_ids) if self.mean else 1.0
@@ -41,9 +42,10 @@ class ReferenceLogprob:
 
 
 def reference_logprob(*, mean: bool = False, language_model: LanguageModel | None = None) -> ReferenceLogprob:
-    """Log-probability of the response under the environment's reference model, in nats, at temperature 1 and over the whole vocabulary.
+    """Log-probability of the response under the environment's reference model, in nats.
 
-    log pi_ref(y | x), EOS included where the response ended by one; 0 for an empty response.
+    log pi_ref(y | x) at temperature 1 over the whole vocabulary, EOS included where the response ended by one; 0 for
+    an empty response.
 
     Args:
         mean: Divide by the number of tokens.
@@ -66,7 +68,8 @@ class Perplexity:
         rows = [self._tokens(prompt, completion) for prompt, completion in zip(prompts, completions, strict=True)]
         contexts, responses = [context for context, _ in rows], [response for _, response in rows]
         means = _sum_logprobs(self.language_model, contexts, responses) / _lengths(responses)
-        # Nothing written is no evidence: as likely as blind guessing. As 0, the best score there is, it would be where training ends.
+        # Nothing written is no evidence: as likely as blind guessing. As 0, the best score there is, it would be where
+        # training ends.
         means[[len(response) == 0 for response in responses]] = -math.log(self.language_model.vocab_size)
         return means if self.log else -np.exp(-means)
 
@@ -75,7 +78,8 @@ class Perplexity:
         lm = self.language_model
         before = [*self.prefix, *lm.tokenizer.encode(prompt, add_special_tokens=False)]
         ids = [*self.prefix, *lm.tokenizer.encode(prompt + completion, add_special_tokens=False)]
-        # The two may merge at the seam ("sun" + "ny"): the response begins with the first token that the prompt alone would not have.
+        # The two may merge at the seam ("sun" + "ny"): the response begins with the first token that the prompt alone
+        # would not have.
         start = next(
             (i for i, (a, b) in enumerate(zip(before, ids, strict=False)) if a != b), min(len(before), len(ids))
         )
@@ -85,7 +89,8 @@ class Perplexity:
             cut = len(ids) - lm.max_context
             if cut >= start:
                 raise ValueError(
-                    f"a response of {len(ids) - start} tokens does not fit the context of {lm.max_context} tokens of the model {lm.name!r}"
+                    f"a response of {len(ids) - start} tokens does not fit the context of {lm.max_context} tokens of "
+                    f"the model {lm.name!r}"
                 )
             ids, start = ids[cut:], start - cut
         return ids[:start], ids[start:]
@@ -96,12 +101,14 @@ def perplexity(
 ) -> Perplexity:
     """Fluency: minus the (log) perplexity of the response, given its prompt, under a language model of its own.
 
-    With n tokens of the response y under that model's tokenizer, the score is (1/n) sum_t log p(y_t | x, y_<t), which is -log perplexity, or
-    -exp(-that). Higher is better. The boundary is text, so the model may have any tokenizer. An empty response scores as a uniform guess over
-    the vocabulary. A prompt that does not fit the model's context is cut from the left.
+    With n tokens of the response y under that model's tokenizer, the score is (1/n) sum_t log p(y_t | x, y_<t), which
+    is -log perplexity, or -exp(-that). Higher is better. The boundary is text, so the model may have any tokenizer. An
+    empty response scores as a uniform guess over the vocabulary. A prompt that does not fit the model's context is cut
+    from the left.
 
     Args:
-        model: Packaged name, directory, hub id, ``.gguf`` file, model or ``LanguageModel``, as in :func:`rlhf_gym.lm.load_language_model`.
+        model: Packaged name, directory, hub id, ``.gguf`` file, model or ``LanguageModel``, as in
+            :func:`rlhf_gym.lm.load_language_model`.
         tokenizer: The model's tokenizer where ``model`` does not bring one.
         log: False scores minus the perplexity itself, which is unbounded below: one strange word can outweigh all else.
         device: Where a model that is loaded here goes.

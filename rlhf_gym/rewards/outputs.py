@@ -67,11 +67,11 @@ def to_scores(values: Any, num_rows: int, *, allow_none: bool, per: str = "respo
     if values is None:
         raise BadOutput(f"None (is a `return` missing?); {expected}")
     if hasattr(values, "detach"):
-        # float64 before numpy, which has no bfloat16; bools and complex numbers would pass as numbers, so they go element by element
         values = values.detach().cpu()
-        values = (
-            values.tolist() if values.dtype.is_complex or str(values.dtype) == "torch.bool" else values.double().numpy()
-        )
+        if values.dtype.is_complex or str(values.dtype) == "torch.bool":
+            values = values.tolist()  # as float64 they would pass for numbers; element by element they are refused
+        else:
+            values = values.double().numpy()  # float64 first: numpy has no bfloat16
     elif not isinstance(values, (list, tuple, str, bytes, dict, set, numbers.Number)) and hasattr(values, "__array__"):
         values = np.asarray(values)
     if isinstance(values, np.ndarray):

@@ -56,9 +56,9 @@ def as_reward(spec: Any, *, language_model: LanguageModel | None = None, on_erro
     Args:
         spec: One of
 
-            * a function, sync or async: ``f(prompts, completions, **columns) -> list`` (TRL's signature), ``f(text) -> float`` or
-              ``f(prompt, response) -> float``; how it is told is in :mod:`rlhf_gym.rewards.signature`. A true attribute ``dense`` says that it
-              returns one number per token;
+            * a function, sync or async: ``f(prompts, completions, **columns) -> list`` (TRL's signature), ``f(text) ->
+              float`` or ``f(prompt, response) -> float``; how it is told is in :mod:`rlhf_gym.rewards.signature`. A
+              true attribute ``dense`` says that it returns one number per token;
             * a name: "length", "reference_logprob", "repetition", "sentiment" or "tiny-reviews";
             * "module:function" or "path/to/file.py:function", which imports, and so runs, that code;
             * a sequence classifier: its directory or hub id, or the model;
@@ -89,15 +89,14 @@ def _resolve(spec: Any) -> Reward:
     elif hasattr(getattr(spec, "config", None), "id2label") and hasattr(spec, "parameters"):
         function = classifier(spec)  # a model object, recognised without importing transformers
     elif isinstance(spec, type):
-        raise TypeError(
-            f"reward must be callable on responses, got the class {spec.__name__}; pass an instance, {spec.__name__}(...)"
-        )
+        raise TypeError(f"reward must be callable on responses, got the class {spec.__name__}; pass an instance of it")
     elif callable(spec):
         function = spec
     else:
         hint = "; for several rewards pass a dict {reward: weight}" if isinstance(spec, (list, tuple, set)) else ""
         raise TypeError(
-            f"reward must be a function, a name, a classifier, a dict of weights or a Reward, got {type(spec).__name__}{hint}"
+            "reward must be a function, a name, a classifier, a dict of weights or a Reward, got "
+            f"{type(spec).__name__}{hint}"
         )
     return FunctionReward(function, _name_of(function))
 
@@ -109,7 +108,8 @@ def _weighted(key: Any, value: Any) -> tuple[Reward, float, str | None]:
         return _resolve(value[0]), value[1], key
     if isinstance(value, (str, Reward, Mapping)) or callable(value):
         raise TypeError(
-            f"reward: the weight of {key!r} must be a number, got {value!r}; to name a term write {{{key!r}: (reward, 1.0)}}"
+            f"reward: the weight of {key!r} must be a number, got {value!r}; to name a term write "
+            f"{{{key!r}: (reward, 1.0)}}"
         )
     return _resolve(key), value, None
 
@@ -131,19 +131,21 @@ def _from_string(spec: str) -> Callable[..., Any]:
         raise ValueError(f"reward: {spec!r} needs arguments; pass rlhf_gym.rewards.{_NEED_ARGUMENTS[spec]}")
     if spec.endswith(".py"):
         raise ValueError(
-            f"reward: {spec!r} names a file but no function; write {spec + ':FUNCTION'!r}{_functions_in(Path(spec).expanduser())}"
+            f"reward: {spec!r} names a file but no function; write {spec + ':FUNCTION'!r}"
+            + _functions_in(Path(spec).expanduser())
         )
     path = Path(spec).expanduser()
     if path.is_dir():
         return classifier(str(path))
     if colon and all(part.isidentifier() for part in place.split(".")):
         return _attribute(_import_module(place), attribute, spec)
-    if spec.count("/") == 1 and not spec.startswith((".", "/", "~")):
+    if spec.count("/") == 1 and not colon and not spec.startswith((".", "/", "~")):
         return classifier(spec)  # an id on the hub
     if "/" in spec or os.sep in spec:
-        raise FileNotFoundError(f"reward: there is no directory {spec!r} (working directory {Path.cwd()})")
+        hint = f"; for a function in a file write {place + '.py:' + attribute!r}" if colon else ""
+        raise FileNotFoundError(f"reward: there is no directory {spec!r} (working directory {Path.cwd()}){hint}")
     near = difflib.get_close_matches(spec, [*NAMED, *_NEED_ARGUMENTS], n=1)
-    hint = f"did you mean {near[0]!r}?" if near else f"the names are {', '.join(map(repr, NAMED))}"
+    hint = f"did you mean {near[0]!r}?" if near else f"the names are {', '.join(map(repr, NAMED))}."
     raise ValueError(
         f'reward: there is no reward named {spec!r}; {hint} Your own is "module:function" or "file.py:function"'
     )

@@ -39,7 +39,8 @@ class Reward:
             inputs: B responses; never changed, whatever a reward function does with what it is given.
 
         Raises:
-            RewardError: If a term fails, answers anything but one finite number per response, or lacks a column. Nothing has changed then.
+            RewardError: If a term fails, answers anything but one finite number per response, or lacks a column.
+                Nothing has changed then.
         """
         raise NotImplementedError
 
@@ -88,8 +89,8 @@ class WeightedSum(Reward):
     """A weighted sum of rewards; the ledger is that of the parts, with the weights in it.
 
     Args:
-        parts: Reward, finite weight, and the prefix of its terms: None keeps their names, otherwise a reward of one term is called
-            ``prefix`` and one of several ``prefix/term``.
+        parts: Reward, finite weight, and the prefix of its terms: None keeps their names, otherwise a reward of one
+            term is called ``prefix`` and one of several ``prefix/term``.
 
     Raises:
         ValueError: If there is no part, a weight is not a finite number, or two terms carry one name.
@@ -146,7 +147,8 @@ def unique_names(names: Sequence[str]) -> tuple[str, ...]:
     for name in names:
         if names.count(name) > 1:
             raise ValueError(
-                f'two reward terms are named {name!r}; name them yourself: {{"first": (reward, 1.0), "second": (reward, 0.5)}}'
+                f"two reward terms are named {name!r}; name them yourself: "
+                '{"first": (reward, 1.0), "second": (reward, 0.5)}'
             )
     return tuple(names)
 

@@ -2,12 +2,14 @@
 
 The rule, in order:
 
-1. **Batch** (TRL's form), when it has ``**kwargs`` or a parameter named ``prompts``, ``completions``, ``prompt_ids`` or ``completion_ids``. It is
-   called once with keyword arguments: those four as lists, and every other parameter from the column of that name. A parameter
-   with a default is left out when there is no such column. ``**kwargs`` receives everything.
-2. **Per sample** otherwise, one call per response. What counts are the parameters without default, and ``prompt``, ``text``,
-   ``response``, ``completion`` even with one. One parameter receives the response. Of two, the one named ``prompt`` receives the prompt
-   and the other the response; if neither is, and neither is named ``text``, ``response`` or ``completion``, they are (prompt, response).
+1. **Batch** (TRL's form), when it has ``**kwargs`` or a parameter named ``prompts``, ``completions``, ``prompt_ids``
+   or ``completion_ids``. It is called once with keyword arguments: those four as lists, and every other parameter from
+   the column of that name. A parameter with a default is left out when there is no such column. ``**kwargs`` receives
+   everything.
+2. **Per sample** otherwise, one call per response. What counts are the parameters without default, and ``prompt``,
+   ``text``, ``response``, ``completion`` even with one. One parameter receives the response. Of two, the one named
+   ``prompt`` receives the prompt and the other the response; if neither is, and neither is named ``text``,
+   ``response`` or ``completion``, they are (prompt, response).
 3. Anything else is ambiguous and refused.
 """
 
@@ -37,8 +39,8 @@ class CallForm:
 
     Attributes:
         batch: Called once per batch, else once per response.
-        parameters: Parameter name -> what it receives, in the order of the signature: one of ``BATCH_NAMES`` or a column (batch); "prompt" or
-            "response" (per sample).
+        parameters: Parameter name -> what it receives, in the order of the signature: one of ``BATCH_NAMES`` or a
+            column (batch); "prompt" or "response" (per sample).
         optional: Parameters with a default: left out when there is no such column.
         positional: Parameters that cannot be passed by name.
         takes_everything: It has ``**kwargs``.

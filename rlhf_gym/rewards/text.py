@@ -5,7 +5,8 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Sequence
 
-# Thai, Lao, Burmese, Khmer, Japanese, Chinese: scripts without spaces. Each of their letters counts as a word, or a sentence would be one.
+# Thai, Lao, Burmese, Khmer, Japanese, Chinese: scripts without spaces. Each of their letters counts as a word, or a
+# sentence would be one.
 _UNSPACED = r"\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff"
 _LETTER = rf"[^\W{_UNSPACED}]"
 _WORD = re.compile(rf"{_LETTER}+(?:['’]{_LETTER}+)*|[{_UNSPACED}]")
@@ -23,8 +24,9 @@ def keyword(words: str | Sequence[str], *, count: str = "any") -> BatchReward:
 
     Args:
         words: Words or phrases ("thank you").
-        count: "any" - 1 if at least one occurs, else 0. "distinct" - the share of the listed words that occur, in [0, 1].
-            "occurrences" - how often they occur in all. "share" - the share of the response's words that belong to them, in [0, 1].
+        count: What to return. "any": 1 if at least one occurs, else 0. "distinct": the share of the listed words that
+            occur, in [0, 1]. "occurrences": how often they occur in all. "share": the share of the response's words
+            that belong to them, in [0, 1].
 
     Raises:
         ValueError: If there are no words, one is empty, or ``count`` is none of these.
@@ -69,7 +71,8 @@ def regex(pattern: str | re.Pattern[str], *, full_match: bool = False) -> BatchR
 
     Args:
         pattern: Python regular expression, or a compiled one with its flags.
-        full_match: The whole response must match, without regard to white space around it; otherwise a match anywhere will do.
+        full_match: The whole response must match, without regard to white space around it; otherwise a match anywhere
+            will do.
 
     Raises:
         ValueError: If the pattern is not a valid regular expression.
@@ -128,7 +131,8 @@ def repetition(ngram: int = 2) -> BatchReward:
         ValueError: If ``ngram`` is not an integer >= 1.
 
     Source:
-        rep-n of Welleck et al. 2020, "Neural text generation with unlikelihood training", sec. 6, over words in place of tokens.
+        rep-n of Welleck et al. 2020, "Neural text generation with unlikelihood training", sec. 6, over words in place
+        of tokens.
 
     Example:
         >>> repetition()(["so very very very good"])  # so-very, very-very, very-very, very-good

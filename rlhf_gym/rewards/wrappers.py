@@ -1,6 +1,7 @@
 """Wrappers: clip, scale, running normalisation, length penalty. Each takes any reward and gives a reward.
 
-What a wrapper changes is a term of its own in the ledger (``score/clip``, ...), so the terms always sum to the score and show who did what.
+What a wrapper changes is a term of its own in the ledger (``score/clip``, ...), so the terms always sum to the score
+and show who did what.
 """
 
 from __future__ import annotations
@@ -20,7 +21,9 @@ if TYPE_CHECKING:
 
 
 def clip(reward: Any, low: float | None = None, high: float | None = None) -> Reward:
-    """Keep the score within [low, high]; None leaves a side open. Dense rewards are paid as they are, the correction with the last token.
+    """Keep the score within [low, high]; None leaves a side open.
+
+    Dense rewards are paid as they are, the correction with the last token.
 
     Raises:
         ValueError: If both are None, one is not finite, or low > high.
@@ -40,13 +43,14 @@ def scale(reward: Any, factor: float) -> Reward:
 
 
 def normalize(reward: Any, *, epsilon: float = 1e-8) -> Reward:
-    """(score - mean) / (std + epsilon), with the mean and biased standard deviation of all scores so far, the current batch included.
+    """(score - mean) / (std + epsilon), over all scores so far, the current batch included.
 
-    It has a memory: a score depends on what was scored before, so the same responses in another order, stepwise or whole, score differently.
-    Where that matters, normalise advantages in the agent instead. Evaluate with the reward that was wrapped, not with this.
+    mean and the biased std are running ones. It has a memory: a score depends on what was scored before, so the same
+    responses in another order, stepwise or whole, score differently. Where that matters, normalise advantages in the
+    agent instead. Evaluate with the reward that was wrapped, not with this.
 
     Raises:
-        ValueError: If the reward is dense: what it paid for the first tokens could not be normalised by what comes later.
+        ValueError: If the reward is dense: what it paid for the first tokens was not normalised by what came later.
     """
     if not check_number("normalize: epsilon", epsilon) > 0:
         raise ValueError(f"normalize: epsilon must be > 0, got {epsilon}")
@@ -124,7 +128,7 @@ class _Normalized(_Adjusted):
         self.moments = {"count": 0, "mean": 0.0, "m2": 0.0}  # shared by copies that are bound to a language model
 
     def adjustment(self, total: np.ndarray, inputs: RewardInputs) -> np.ndarray:
-        # Welford's update, one score at a time: no loss of digits when the mean is large, and independent of the batch size.
+        # Welford's update, one score at a time: no digits are lost when the mean is large.
         moments = self.moments
         for value in total.tolist():
             moments["count"] += 1
