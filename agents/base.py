@@ -5,11 +5,10 @@ An algorithm is a subclass with a frozen ``config_class`` and one method, ``upda
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import dataclasses
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -59,8 +58,8 @@ class Agent:
             raise ValueError(f"policy must have the environment's vocabulary of {num_actions} tokens, got {num_tokens}")
         cfg = self.config
         dtype = compute_dtype(cfg.dtype, next(model.parameters()).device)
-        self.policy = Policy(model, critic=cfg.critic, token_filter=getattr(base, "token_filter", TokenFilter()), dtype=dtype)
-        self.optimizer = MasterWeights(self.policy.parameters(), self.make_optimizer)
+        self.policy = Policy(model.float(), critic=cfg.critic, token_filter=getattr(base, "token_filter", TokenFilter()))
+        self.optimizer = MasterWeights(self.policy.parameters(), self.make_optimizer, compute_dtype=dtype)
         self.generator = torch.Generator().manual_seed(seed)
         self._predict_generator = torch.Generator().manual_seed(seed)
         self.collector = Collector(envs, self.policy, self.generator, cfg.num_rounds)
@@ -181,7 +180,7 @@ class Agent:
 
         The directory appears whole or not at all, whenever the process dies; one that was there before is replaced.
         """
-        with replaced_directory(directory) as folder, self._master_weights():
+        with replaced_directory(directory) as folder, self.optimizer.master_precision():
             self.policy.model.save_pretrained(folder)
             if self.policy.critic is not None:
                 self.policy.critic.save_pretrained(folder / "critic")
@@ -204,19 +203,6 @@ class Agent:
                 "prompt_order": base.prompt_order_state() if hasattr(base, "prompt_order_state") else None,
             }
             (folder / "trainer_state.json").write_text(json.dumps(state, indent=1))
-
-    @contextlib.contextmanager
-    def _master_weights(self) -> Iterator[None]:
-        """The parameters hold their float32 masters, so that what is saved is what has been learnt and not its rounding."""
-        pairs = list(zip(self.optimizer.parameters, self.optimizer.masters, strict=True))
-        rounded = [parameter.data for parameter, _ in pairs]
-        for parameter, master in pairs:
-            parameter.data = master.data
-        try:
-            yield
-        finally:
-            for (parameter, _), data in zip(pairs, rounded, strict=True):
-                parameter.data = data
 
     @classmethod
     def load(cls, directory: str | Path, env: VectorEnv) -> Agent:

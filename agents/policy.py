@@ -25,23 +25,21 @@ class Policy(nn.Module):
     """A language model that chooses tokens, and a value head that says what the state is worth.
 
     The value head reads what the LM head reads: the hidden state of the last token *before* the action, so V never sees the action. It starts
-    at 0 and stays in float32.
+    at 0.
 
     Args:
         model: The causal LM to train, taken as it is. Dropout is off always: with it the ratio of new to old would not be 1 to begin with.
         critic: "shared" (the head on the LM's trunk) or "separate" (a trunk of its own, a copy).
         token_filter: Temperature and masks of the process.
-        dtype: Computing precision of the LM.
     """
 
-    def __init__(self, model: PreTrainedModel, *, critic: str = "shared", token_filter: TokenFilter | None = None, dtype: torch.dtype = torch.float32):
+    def __init__(self, model: PreTrainedModel, *, critic: str = "shared", token_filter: TokenFilter | None = None):
         super().__init__()
         if critic not in CRITICS:
             raise ValueError(f"critic must be one of {', '.join(map(repr, CRITICS))}, got {critic!r}")
         self.model = model.requires_grad_(True)
         self.critic = copy.deepcopy(model) if critic == "separate" else None
         self.token_filter = token_filter or TokenFilter()
-        self.to(dtype)
         head = model.get_output_embeddings()
         width = model.config.get_text_config().hidden_size if head is None or not hasattr(head, "in_features") else head.in_features
         self.value_head = nn.Linear(width, 1, device=self.device)
@@ -60,7 +58,8 @@ class Policy(nn.Module):
 
     def value(self, hidden: Tensor) -> Tensor:
         """Values of states given the LM head's input. (..., d) -> (...), float32."""
-        return self.value_head(hidden.float())[..., 0]
+        # In float32 whatever the trunk computes in: a value rounded to 8 bits would drown the advantages.
+        return nn.functional.linear(hidden.float(), self.value_head.weight.float(), self.value_head.bias.float())[..., 0]
 
     def forward(self, batch: Batch, *, with_entropy_gradient: bool = False) -> tuple[Tensor, Tensor, Tensor]:
         """Log-probs of the response tokens, values of the states they were chosen in, and entropies there.

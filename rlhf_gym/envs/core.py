@@ -277,6 +277,9 @@ class TextGenerationProcess:
         self.kl_sums[row] = self.reward_sums[row] = 0.0
         self.step_rewards[row] = 0.0
         self.row_prompts[row], self.row_results[row] = prompt, {}
+        if self._engine is not None:
+            # The memo would find a prompt that it has seen before; the last bits of its answer would then depend on what the row did before.
+            self._engine.forget(torch.tensor([row], device=self.device))
 
     def response_ids(self, row: int) -> list[int]:
         """Tokens of the response so far."""
