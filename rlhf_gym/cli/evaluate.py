@@ -1,0 +1,37 @@
+"""``rlhf-gym evaluate``: how good is a model on some prompts under some reward."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from rlhf_gym.cli.options import Evaluate
+from rlhf_gym.cli.setup import make_envs, model_source, quiet_transformers
+from rlhf_gym.cli.tables import print_comparison
+from rlhf_gym.evaluation import evaluate
+from rlhf_gym.lm import load_language_model
+
+
+def run(options: Evaluate) -> int:
+    """Evaluate and print; returns the exit code."""
+    quiet_transformers()
+    policy = load_language_model(model_source(options.model), device=options.device, dtype=options.dtype)
+    source = options.reference or _own_reference(options.model)
+    envs = make_envs(options, num_envs=1, model=policy if source is None else model_source(source))
+    model = None if source is None else policy.model
+    found = evaluate(model, envs, num_episodes=options.num_episodes, seed=options.seed, greedy=options.greedy)
+    print_comparison({options.model: found})
+    print(f"{len(found.scores)} responses to {found.summary()['num_prompts']} prompts")
+    if options.out is not None:
+        lines = [json.dumps(sample, ensure_ascii=False) + "\n" for sample in found.samples]
+        Path(options.out).write_text("".join(lines), encoding="utf-8")
+        print(f"samples: {options.out}")
+    return 0
+
+
+def _own_reference(model: str) -> str | None:
+    """What a run directory's model was trained from, None when it is no run."""
+    config = Path(model).expanduser() / "config.json"
+    if model_source(model) == model or not config.is_file():
+        return None
+    return json.loads(config.read_text(encoding="utf-8")).get("options", {}).get("model")

@@ -1,0 +1,43 @@
+"""``rlhf-gym generate``: continue a prompt."""
+
+from __future__ import annotations
+
+import torch
+
+from rlhf_gym.cli.options import Generate
+from rlhf_gym.cli.setup import model_source, quiet_transformers
+from rlhf_gym.envs.prompts import PromptEncoder
+from rlhf_gym.lm import TokenFilter, generate, load_language_model, make_engine
+
+
+def run(options: Generate) -> int:
+    """Sample and print the responses; returns the exit code."""
+    quiet_transformers()
+    lm = load_language_model(model_source(options.model), device=options.device, dtype=options.dtype)
+    token_filter = TokenFilter(temperature=options.temperature, top_k=options.top_k, top_p=options.top_p)
+    encoder = PromptEncoder(lm.tokenizer, lm.vocab_size, lm.eos_token_ids, lm.bos_token_id, truncate=None)
+    texts = [text for text in options.prompt for _ in range(options.num_samples)]
+    prompts = [encoder.encode({"prompt": text}, None, f"--prompt {text!r}").ids for text in texts]
+    longest = max(len(ids) for ids in prompts)
+    if lm.max_context is not None and longest + options.max_response_tokens > lm.max_context:
+        raise ValueError(
+            f"--max-response-tokens {options.max_response_tokens} and a prompt of {longest} tokens do not fit "
+            f"the model's context of {lm.max_context}"
+        )
+    num_rows = min(64, len(prompts))
+    engine = make_engine(lm, num_rows, longest + options.max_response_tokens)
+    reference = make_engine(lm, num_rows, longest + options.max_response_tokens) if token_filter.uses_reference else None
+    uniforms = torch.rand(len(prompts), options.max_response_tokens, generator=torch.Generator().manual_seed(options.seed))
+    responses = generate(
+        engine,
+        prompts,
+        max_response_tokens=options.max_response_tokens,
+        eos_token_ids=lm.eos_token_ids,
+        uniforms=None if options.greedy else uniforms,
+        token_filter=token_filter,
+        reference_engine=reference,
+    )
+    for i, (text, ids, mask) in enumerate(zip(texts, responses.response_ids, responses.response_mask, strict=True)):
+        completion = lm.tokenizer.decode(ids[mask].tolist(), skip_special_tokens=True)
+        print(("\n" if i else "") + text + completion)
+    return 0

@@ -1,0 +1,176 @@
+"""The options of each verb. This module imports nothing: it is all that ``--help`` reads."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Literal, NamedTuple
+
+
+@dataclass(frozen=True, kw_only=True)
+class TaskOptions:
+    """What makes a task: model, prompts, reward and limits."""
+
+    model: str = "tiny-reviews"
+    """Language model: a packaged name (tiny-reviews), a directory, a run directory, a hub id or a .gguf file."""
+    prompts: str = "tiny-reviews"
+    """Prompts: a .jsonl file with a "prompt" in each line (further columns reach the reward), or a packaged name."""
+    reward: tuple[str, ...]
+    """Reward: module:function, file.py:function, a name (sentiment, repetition, ...) or a classifier's directory; several
+    are added up, and spec=WEIGHT gives one a weight."""
+    max_prompt_tokens: int | None = None
+    """Longest prompt in tokens; the longest that is given when left out."""
+    max_response_tokens: int = 32
+    """Length limit of a response in tokens, EOS included."""
+    truncate_prompts: Literal["left"] | None = None
+    """Cut longer prompts from the left; when left out they are an error."""
+    missing_eos_penalty: float = 0.0
+    """Subtracted from the score of a response that does not end by itself."""
+    temperature: float = 1.0
+    """Sampling temperature, of policy and reference alike."""
+    top_k: int | None = None
+    """Only the k tokens likeliest under the reference may be chosen."""
+    top_p: float | None = None
+    """Only the likeliest tokens under the reference that make up this probability may be chosen."""
+    seed: int = 0
+    """Seed of all randomness."""
+    device: str = "auto"
+    """cpu, cuda, ...; auto takes a GPU where there is one."""
+    dtype: str = "auto"
+    """float32 or bfloat16; auto takes what the device does well."""
+
+    def __post_init__(self):
+        _at_least("max_response_tokens", self.max_response_tokens, 1)
+        if not self.reward:
+            raise ValueError("--reward needs at least one reward")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Train(TaskOptions):
+    """Train a language model on a reward; writes a run directory."""
+
+    agent: str = "ppo"
+    """Algorithm: ppo, trpo, a2c, sb3-ppo."""
+    kl_coef: float = 0.05
+    """Weight of the KL penalty per nat; 0 is none."""
+    total_timesteps: int = 100_000
+    """Tokens to generate in training."""
+    num_envs: int = 64
+    """Episodes that run side by side."""
+    learning_rate: float | None = None
+    """The agent's own when left out."""
+    config: tuple[str, ...] = ()
+    """Further settings of the agent as name=value, for instance num_epochs=4 vf_coef=0.1."""
+    out: str
+    """Run directory to write, for instance runs/x."""
+    eval_prompts: str | None = None
+    """Held-out prompts for the evaluation before and after; the training prompts when left out."""
+    eval_episodes: int = 128
+    """Responses in each of the two evaluations."""
+    checkpoint_every: int = 10
+    """Updates between two checkpoints."""
+    overwrite: bool = False
+    """Delete an earlier run in the same directory."""
+    resume: bool = False
+    """Go on from the checkpoint of an earlier run in the same directory."""
+    progress_bar: bool = True
+    """Show a progress bar."""
+
+    def __post_init__(self):
+        super().__post_init__()
+        for name in ("total_timesteps", "num_envs", "eval_episodes", "checkpoint_every"):
+            _at_least(name, getattr(self, name), 1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Evaluate(TaskOptions):
+    """Score a language model on prompts, with a confidence interval."""
+
+    reference: str | None = None
+    """Model to measure the KL divergence from; a run's own reference when --model is a run, else none."""
+    num_episodes: int | None = None
+    """Responses to sample; one for each prompt when left out."""
+    greedy: bool = False
+    """Take the likeliest token each time instead of a sample."""
+    out: str | None = None
+    """Write the samples to this .jsonl file."""
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.num_episodes is not None:
+            _at_least("num_episodes", self.num_episodes, 1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Generate:
+    """Continue a prompt."""
+
+    model: str = "tiny-reviews"
+    """Language model: a packaged name (tiny-reviews), a directory, a run directory, a hub id or a .gguf file."""
+    prompt: tuple[str, ...] = ("",)
+    """The text to continue; several make several responses. An empty one starts from the model's BOS token."""
+    num_samples: int = 1
+    """Responses to each prompt."""
+    max_response_tokens: int = 128
+    """Length limit of a response in tokens."""
+    temperature: float = 1.0
+    """Sampling temperature."""
+    top_k: int | None = None
+    """Only the k likeliest tokens may be chosen."""
+    top_p: float | None = None
+    """Only the likeliest tokens that make up this probability may be chosen."""
+    greedy: bool = False
+    """Take the likeliest token each time instead of a sample."""
+    seed: int = 0
+    """Seed of the sampling."""
+    device: str = "auto"
+    """cpu, cuda, ...; auto takes a GPU where there is one."""
+    dtype: str = "auto"
+    """float32 or bfloat16; auto takes what the device does well."""
+
+    def __post_init__(self):
+        _at_least("num_samples", self.num_samples, 1)
+        _at_least("max_response_tokens", self.max_response_tokens, 1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Demo:
+    """The whole story on a packaged model in minutes: PPO and TRPO against a reward, with a report."""
+
+    out: str = "runs/demo"
+    """Run directory; that of an earlier demo is replaced."""
+    seed: int = 0
+    """Seed of all randomness."""
+    progress_bar: bool = True
+    """Show progress bars."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Doctor:
+    """Say what this machine has, and what is wrong with the installation."""
+
+
+class Verb(NamedTuple):
+    """A verb's options and the module whose ``run(options)`` does the work."""
+
+    options: type
+    module: str
+
+
+VERBS = {
+    "demo": Verb(Demo, "rlhf_gym.cli.demo"),
+    "train": Verb(Train, "rlhf_gym.cli.train"),
+    "evaluate": Verb(Evaluate, "rlhf_gym.cli.evaluate"),
+    "generate": Verb(Generate, "rlhf_gym.cli.generate"),
+    "doctor": Verb(Doctor, "rlhf_gym.cli.doctor"),
+}
+
+
+def _at_least(name: str, value: int, least: int) -> None:
+    if value < least:
+        raise ValueError(f"--{name.replace('_', '-')} must be at least {least}, got {value}")
+
+
+def as_dict(options: object) -> dict[str, object]:
+    """Options as plain values, for ``config.json``."""
+    return dataclasses.asdict(options)  # type: ignore[call-overload]

@@ -1,0 +1,84 @@
+"""``rlhf-gym train``: a model, prompts and a reward in; a run directory out."""
+
+from __future__ import annotations
+
+import signal
+import sys
+from typing import Any
+
+from rlhf_gym.atomic import write_json
+from rlhf_gym.cli.options import Train, as_dict
+from rlhf_gym.cli.setup import agent_class, make_envs, model_source, parse_config, quiet_transformers
+from rlhf_gym.cli.signals import StopRequest, stop_on_signal
+from rlhf_gym.cli.tables import print_comparison
+from rlhf_gym.evaluation import evaluate
+from rlhf_gym.plots import plot_run
+from rlhf_gym.report import model_card
+from rlhf_gym.runs import MetricsWriter, RunDirectory, read_metrics
+
+
+def run(options: Train) -> int:
+    """Train and evaluate; returns the exit code."""
+    quiet_transformers()
+    # All that can be wrong with the arguments is found before the run directory is made and before any training.
+    make_agent = agent_class(options.agent)
+    config = parse_config(options.config)
+    if options.learning_rate is not None:
+        config["learning_rate"] = options.learning_rate
+    envs = make_envs(options, num_envs=options.num_envs, kl_coef=options.kl_coef)
+    held_out = evaluate_arguments(options)
+    agent = make_agent(envs, seed=options.seed, **config)
+    run_directory = RunDirectory(options.out, as_dict(options), overwrite=options.overwrite, resume=options.resume)
+    if run_directory.has_checkpoint:
+        agent = make_agent.load(run_directory.model, env=envs)
+        print(f"going on from {agent.num_timesteps} tokens", flush=True)
+
+    before = evaluate(None, envs, **held_out)
+    run_directory.write_samples("before", before.samples)
+    stop = train_agent(agent, run_directory, options.total_timesteps, options.checkpoint_every, options.progress_bar)
+    if stop.signal is not None:
+        name = "interrupted" if stop.signal == signal.SIGINT else "terminated"
+        print(
+            f"rlhf-gym: {name} at {agent.num_timesteps} tokens; the agent is saved in {run_directory.model}, "
+            "and the same command with --resume goes on",
+            file=sys.stderr,
+        )
+        return 128 + stop.signal
+
+    after = evaluate(agent, envs, **held_out)
+    run_directory.write_samples("after", after.samples)
+    write_json(run_directory.path / "evaluation.json", {"before": before.summary(), "after": after.summary()})
+    plot_run({options.agent: read_metrics(run_directory.path / "metrics.csv")}, run_directory.plots / "curves.png")
+    card = model_card(options=as_dict(options), base_model=model_source(options.model), before=before, after=after)
+    (run_directory.path / "README.md").write_text(card, encoding="utf-8")
+    print_comparison({"before": before, f"after ({options.agent})": after})
+    print(f"run directory: {run_directory.path}")
+    return 0
+
+
+def evaluate_arguments(options: Train) -> dict[str, Any]:
+    """How the evaluations before and after are made; the same episodes and random numbers for both."""
+    return {"prompts": options.eval_prompts, "num_episodes": options.eval_episodes, "seed": options.seed}
+
+
+def train_agent(
+    agent: Any, run_directory: RunDirectory, total_timesteps: int, checkpoint_every: int, progress_bar: bool
+) -> StopRequest:
+    """Train, write metrics and checkpoints, and leave the agent in ``model/`` whatever ends the training."""
+    resume_at = agent.num_timesteps if run_directory.has_checkpoint else None
+    with MetricsWriter(run_directory.path, resume_at=resume_at) as writer, stop_on_signal() as stop:
+        try:
+            callbacks = [writer, run_directory.checkpoint(checkpoint_every), stop]
+            agent.learn(total_timesteps, callback=callbacks, progress_bar=progress_bar)
+        except Exception as error:
+            # A reward that fails after an hour must not cost the hour.
+            if agent.num_timesteps == 0:
+                raise
+            agent.save(run_directory.model)
+            saved = f"the agent at {agent.num_timesteps} tokens is saved in {run_directory.model}"
+            if isinstance(error, ValueError):
+                raise ValueError(f"{error} ({saved})") from error
+            print(f"rlhf-gym: {saved}", file=sys.stderr)
+            raise
+        agent.save(run_directory.model)
+    return stop

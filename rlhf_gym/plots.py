@@ -1,0 +1,86 @@
+"""Pictures of a run: what the policy earns and how far it has gone, readable in print and by the colour-blind."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+# Okabe and Ito's colours, told apart by line style and marker as well: a grey print must still say which is which.
+STYLES = (
+    {"color": "#0072B2", "linestyle": "-", "marker": "o"},
+    {"color": "#D55E00", "linestyle": "--", "marker": "s"},
+    {"color": "#009E73", "linestyle": ":", "marker": "^"},
+    {"color": "#CC79A7", "linestyle": "-.", "marker": "D"},
+)
+PANELS = (
+    ("objective/scores", "mean score of a response"),
+    ("objective/kl", "mean KL to the reference, nats per response"),
+)
+
+
+def curves(runs: Mapping[str, Mapping[str, Sequence[float]]], panels: Sequence[tuple[str, str]] = PANELS) -> Figure:
+    """Metrics against training tokens, a panel for each.
+
+    Args:
+        runs: Columns of each run's metrics, see :func:`rlhf_gym.runs.read_metrics`, by the run's label.
+        panels: Name of a metric and what its axis says; a metric that no run has is left out.
+    """
+    from matplotlib.figure import Figure  # not pyplot: no global state, no display
+
+    panels = [panel for panel in panels if any(panel[0] in columns for columns in runs.values())] or list(panels[:1])
+    figure = Figure(figsize=(4.6 * len(panels), 3.4), layout="constrained")
+    for i, (metric, label) in enumerate(panels):
+        axes = figure.add_subplot(1, len(panels), i + 1)
+        for (name, columns), style in zip(runs.items(), STYLES * len(runs), strict=False):
+            if metric in columns:
+                x = columns["timesteps"]
+                axes.plot(x, columns[metric], label=name, markevery=max(1, len(x) // 8), markersize=4, **style)
+        axes.set(xlabel="training tokens", ylabel=label)
+        axes.grid(alpha=0.3)
+        axes.ticklabel_format(axis="x", style="sci", scilimits=(0, 4), useMathText=True)
+        if len(runs) > 1:
+            axes.legend()
+    return figure
+
+
+def histogram(groups: Mapping[str, Sequence[float]], label: str) -> Figure:
+    """Distributions of one number side by side, as shares of each group's responses."""
+    import numpy as np
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(4.6, 3.4), layout="constrained")
+    axes = figure.add_subplot()
+    values = np.concatenate([np.asarray(group, dtype=float) for group in groups.values()])
+    low, high = float(values.min()), float(values.max())
+    edges = np.linspace(low, high if high > low else low + 1, 11)
+    width = (edges[1] - edges[0]) / (len(groups) + 0.5)
+    hatches = ("", "//", "..", "xx")
+    for i, (name, group) in enumerate(groups.items()):
+        counts, _ = np.histogram(group, edges)
+        place = edges[:-1] + (i + 0.75) * width
+        colour = STYLES[i % len(STYLES)]["color"]
+        axes.bar(place, counts / len(group), width, label=name, color=colour, hatch=hatches[i % 4], edgecolor="white")
+    axes.set(xlabel=label, ylabel="share of responses")
+    axes.grid(alpha=0.3, axis="y")
+    axes.legend()
+    return figure
+
+
+def plot_run(runs: Mapping[str, Mapping[str, Sequence[float]]], path: str | Path) -> None:
+    """Write the ``curves`` of some runs as a PNG."""
+    curves(runs).savefig(path, dpi=150)
+
+
+def as_svg(figure: Any) -> bytes:
+    """A figure as SVG, the same bytes each time."""
+    from matplotlib import rc_context
+
+    buffer = io.BytesIO()
+    with rc_context({"svg.hashsalt": "rlhf_gym"}):
+        figure.savefig(buffer, format="svg", metadata={"Date": None})
+    return buffer.getvalue()
