@@ -86,6 +86,8 @@ class Player:
         self.last: Call
         self.num_calls = 0
         self.warned: set[str] = set()
+        self.premise: str | None = None
+        """While a stream is replayed: what it means if the environment raises this time, rule first."""
 
     def warn_once(self, message: str) -> None:
         """Warn of the first call that deserves it under a rule: a hundred calls have the same fault."""
@@ -106,7 +108,7 @@ class Player:
         options = kwargs.get("options", {})
         source = f"`reset({', '.join(f'{key}={value}' for key, value in kwargs.items())})` (call {self.num_calls})"
 
-        raw = self.envs.reset(**kwargs)
+        raw = self._call(self.envs.reset, source, **kwargs)
         if not (isinstance(raw, tuple) and len(raw) == 2):
             raise AssertionError(f"signature: {source} must return (observations, infos), got {describe(raw)}.")
         check_observations(self.envs.observation_space, raw[0], "observations", source)
@@ -134,7 +136,7 @@ class Player:
         if self.before_step is not None:
             self.before_step(*self.seen, given)
 
-        raw = self.envs.step(given)
+        raw = self._call(self.envs.step, source, given)
         if not (isinstance(raw, tuple) and len(raw) == 5):
             raise AssertionError(
                 f"signature: {source} must return (observations, rewards, terminations, truncations, infos), "
@@ -162,6 +164,14 @@ class Player:
         if self.scribble:
             scribble(given)
         return self._finish(call, raw, np.ones_like(ended))
+
+    def _call(self, method: Callable[..., Any], source: str, *args: Any, **kwargs: Any) -> Any:
+        try:
+            return method(*args, **kwargs)
+        except Exception as e:
+            if self.premise is None:
+                raise
+            raise AssertionError(f"{self.premise} {source}: it raised {type(e).__name__}: {e}") from e
 
     def _finish(self, call: Call, raw: tuple[Any, ...], rows: np.ndarray) -> Call:
         self._read_action_masks(call, rows)
@@ -195,38 +205,56 @@ class Player:
 
     def rows(self, call: Call) -> list[Any]:
         """The observations of a call, row by row."""
-        return list(iterate(self.envs.observation_space, call.observations))
+        return observation_rows(self.envs.observation_space, call.observations)
 
     def action_rows(self, actions: Any) -> list[Any]:
         return list(iterate(self.envs.action_space, actions))
 
     def batch_actions(self, rows: list[Any]) -> Any:
         space = self.envs.single_action_space
-        return concatenate(space, rows, create_empty_array(space, len(rows)))
+        out: Any = create_empty_array(space, len(rows))
+        return concatenate(space, rows, out)
 
     def sample(self, space: spaces.Space) -> list[Any]:
         """A random action for each row from a copy of ``single_action_space``; masks are honoured if ``Discrete``."""
         masked = isinstance(space, spaces.Discrete)
         return [space.sample(mask) if masked and mask is not None else space.sample() for mask in self.row_masks]
 
-    def record(self, num_steps: int) -> list[Call]:
+    def play(self, num_steps: int) -> Iterator[Call]:
         """A seeded stream of ``num_steps`` steps, in DISABLED mode with masked resets between them."""
         space = seeded_copy(self.envs.single_action_space, self.seed)
-        calls = [self.reset(self.seed)]
+        yield self.reset(self.seed)
         for _ in range(num_steps):
             if self.mode is AutoresetMode.DISABLED and self.last.ended.any():
-                calls.append(self.reset(mask=self.last.ended))
-            actions = self.batch_actions(self.sample(space)) if self.act is None else freeze(self.act(*self.seen))
-            calls.append(self.step(actions))
-        return calls
+                yield self.reset(mask=self.last.ended)
+            yield self.step(
+                self.batch_actions(self.sample(space)) if self.act is None else freeze(self.act(*self.seen))
+            )
 
-    def replay(self, calls: list[Call], change: Callable[[Call], Any] = lambda call: call.actions) -> Iterator[Any]:
-        """Make the same calls again, with the actions ``change`` gives; yields (recorded call, new call)."""
+    def replay(
+        self, calls: list[Call], premise: str, change: Callable[[Call], Any] = lambda call: call.actions
+    ) -> str | None:
+        """Make recorded calls again, with the actions that ``change`` gives, and compare what they return.
+
+        Args:
+            calls: The stream, from its seeded reset.
+            premise: Start of the error message, which goes on with the call and what is wrong: "rule: ... changed".
+            change: Recorded call -> actions.
+
+        Returns:
+            The first difference within the tolerance for floats, or None.
+        """
+        self.premise, nearly = premise, None
         for call in calls:
             if call.actions is not None:
-                yield call, self.step(change(call))
+                new = self.step(change(call))
             else:
-                yield call, self.reset(self.seed) if call.mask is None else self.reset(mask=call.mask)
+                new = self.reset(self.seed) if call.mask is None else self.reset(mask=call.mask)
+            if found := call.difference(new):
+                raise AssertionError(f"{premise} {new.source}: {found}.")
+            nearly = nearly or call.difference(new, exact=True)
+        self.premise = None
+        return nearly
 
 
 def seeded_copy(space: spaces.Space, seed: int) -> spaces.Space:
@@ -234,6 +262,16 @@ def seeded_copy(space: spaces.Space, seed: int) -> spaces.Space:
     space = deepcopy(space)
     space.seed(seed)
     return space
+
+
+def observation_rows(space: spaces.Space, observations: Any) -> list[Any]:
+    """The rows of a frozen batch."""
+    return [map_leaves(scalar_to_array, row) for row in iterate(space, observations)]
+
+
+def scalar_to_array(x: Any) -> Any:
+    """Rows of boxes of shape () are numpy scalars, at which ``Box.contains`` grumbles."""
+    return np.asarray(x) if isinstance(x, np.generic) else x
 
 
 def check_observations(space: spaces.Space, data: Any, path: str, source: str) -> None:
@@ -326,8 +364,10 @@ def check_final(call: Call, envs: VectorEnv) -> dict[int, Any]:
     if not rows.size:
         return {}
     final_obs = call.infos["final_obs"]
-    if not is_object_array(final_obs):  # a batch, as from torch environments
-        final_obs = list(iterate(envs.observation_space, final_obs))
+    if is_object_array(final_obs):
+        final_obs = map_leaves(scalar_to_array, final_obs)
+    else:  # a batch, as from torch environments
+        final_obs = observation_rows(envs.observation_space, final_obs)
     for i in rows:
         if not envs.single_observation_space.contains(final_obs[i]):
             raise AssertionError(

@@ -101,6 +101,7 @@ def difference(a: Any, b: Any, path: str = "", *, exact: bool = True) -> str | N
             return f"{path} has {len(a)} and {len(b)} elements"
         pairs = [(x, y, f"{path}[{i}]") for i, (x, y) in enumerate(zip(a, b, strict=True))]
     elif isinstance(a, (np.ndarray, np.generic)):
+        a, b = np.asarray(a), np.asarray(b)
         if a.shape != b.shape or a.dtype != b.dtype:
             return f"{path} is {a.dtype} {a.shape} and {b.dtype} {b.shape}"
         equal = (a == b) | ((a != a) & (b != b))  # the second for NaN
