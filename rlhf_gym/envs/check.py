@@ -124,7 +124,7 @@ def _check_spaces(envs: VectorEnv) -> None:
         for label, space in ((f"single_{name}", single), (name, batched)):
             if not isinstance(space, spaces.Space):
                 raise AssertionError(f"spaces: {label} must be a gymnasium.Space, got {space!r}.")
-        expected = batch_space(single, num_envs)
+        expected = batch_space(single, int(num_envs))
         # Bounds of observations may differ between rows (SyncVectorEnv's observation_mode="different"), of actions not.
         equal = batched == expected if name == "action_space" else is_space_dtype_shape_equiv(batched, expected)
         if not equal:
