@@ -51,6 +51,9 @@ class Agent:
     def __init__(self, envs: VectorEnv, policy: Any = None, seed: int = 0, **config: Any):
         self.config = _make_config(self.config_class, config)
         self.envs, self.seed = envs, seed
+        space = envs.single_observation_space
+        if not {"input_ids", "attention_mask"} <= set(getattr(space, "spaces", ())):
+            raise ValueError(f"envs must have Dict observations with input_ids and attention_mask, got {space}")
         base = envs.unwrapped
         model, self.tokenizer = _policy_model(base, policy)
         num_actions, num_tokens = int(envs.single_action_space.n), vocab_size(model)

@@ -102,8 +102,6 @@ class Collector:
 
     def __init__(self, envs: VectorEnv, policy: Policy, generator: torch.Generator, num_rounds: int = 1):
         space = envs.single_observation_space
-        if not hasattr(space, "spaces") or not {"input_ids", "attention_mask"} <= set(space.spaces):
-            raise ValueError(f"envs must have Dict observations with input_ids and attention_mask, got {space}")
         self.envs, self.policy, self.generator, self.num_rounds = envs, policy, generator, num_rounds
         self.by_whole_responses = hasattr(envs, "evaluate_responses")  # a wrapper has no such method, and may change rewards
         self.width = space["input_ids"].shape[0]
@@ -233,7 +231,7 @@ class Collector:
                 progress(int(acting.sum()))
             if disabled and ended.any():
                 observation, _ = envs.reset(options={"reset_mask": ended})
-            resetting = ended & ~(same_step or disabled)
+            resetting = ended & (not same_step and not disabled)
 
         mask = torch.arange(num_columns, device=device) < torch.tensor(lengths, device=device)[:, None]
         ids, _, prompt_lengths = join_responses(prompts, response_ids, mask, pad_token_id=getattr(base, "pad_token_id", 0))

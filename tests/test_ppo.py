@@ -1,0 +1,337 @@
+"""PPO: rollout = forward, the first step is REINFORCE's, resuming, and learning on a toy (CORRECTNESS 1-3, 5, 20, 26, 29)."""
+
+from __future__ import annotations
+
+import json
+
+import gymnasium as gym
+import numpy as np
+import pytest
+import torch
+from gymnasium.vector import VectorWrapper
+from transformers import AutoModelForCausalLM
+from worlds import EOS, V, make_envs, model
+
+from rlhf_gym.agents import PPO
+from rlhf_gym.agents.functional import masked_mean
+
+KL_COEF = 0.1
+
+
+def envs(num_envs=8, **changes):
+    return make_envs(num_envs, **{"kl_coef": KL_COEF, **changes})
+
+
+def collected(agent):
+    """One rollout from the first prompts of seed 0."""
+    agent.envs.reset(seed=0)
+    return agent.collector.collect().batch
+
+
+def weights(module):
+    return {name: tensor.clone() for name, tensor in module.state_dict().items()}
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "llama", "lstm"])
+@pytest.mark.parametrize("changes", [{}, {"temperature": 0.7}, {"top_k": 5}, {"allowed_tokens": [2, 4, 5, 6, 7]}], ids=["plain", "temperature", "top_k", "allowed"])
+def test_rollout_equals_forward(kind, changes):
+    """Log-probs and values kept from sampling are those of a teacher-forced forward; with policy == reference every KL is 0 and rewards are scores."""
+    lm = model(kind)
+    agent = PPO(envs(model=lm, **changes), seed=1)
+    agent.policy.value_head.weight.data.normal_(generator=torch.Generator().manual_seed(0))
+    batch = collected(agent)
+    with torch.no_grad():
+        logprobs, values, _ = agent.policy(batch)
+    torch.testing.assert_close(batch.logprobs, logprobs, atol=1e-5, rtol=0)
+    torch.testing.assert_close(batch.values, values, atol=1e-4, rtol=0)
+    torch.testing.assert_close(batch.kl, torch.zeros_like(batch.kl), atol=1e-5, rtol=0)
+    torch.testing.assert_close(batch.rewards.sum(1), batch.scores, atol=1e-5, rtol=0)
+    if not changes:  # and by the plain model, row by row
+        for row in range(len(batch)):
+            n, p = int(batch.response_mask[row].sum()), int(batch.prompt_lengths[row])
+            with torch.no_grad():
+                plain = torch.log_softmax(lm(batch.ids[row : row + 1, : p + n]).logits[0, p - 1 : -1], -1)
+            torch.testing.assert_close(batch.logprobs[row, :n], plain.gather(1, batch.response_ids[row, :n, None])[:, 0], atol=1e-5, rtol=0)
+
+
+def test_value_is_read_before_the_token():
+    """A value head that outputs the position (an embedding that counts): V of response token t is that of position prompt_length - 1 + t."""
+    agent = PPO(envs(kind="gpt2"), seed=0)
+    lm = agent.policy.model
+    with torch.no_grad():
+        for p in lm.transformer.h.parameters():
+            p.zero_()
+        lm.transformer.wte.weight.zero_()
+        lm.transformer.wpe.weight.zero_()
+        lm.transformer.wpe.weight[:, 0] = torch.arange(32.0)
+        lm.transformer.ln_f = torch.nn.Identity()
+        agent.policy.value_head.weight.zero_()
+        agent.policy.value_head.weight[0, 0] = 1.0
+    batch = collected(agent)
+    expected = torch.where(batch.response_mask, batch.prompt_lengths[:, None] - 1.0 + torch.arange(batch.response_ids.shape[1]), 0.0)
+    torch.testing.assert_close(batch.values, expected)
+    torch.testing.assert_close(agent.policy(batch)[1], expected)
+
+
+def test_stepping_and_whole_responses_are_the_same_to_the_agent():
+    class Plain(VectorWrapper):
+        """A wrapper hides evaluate_responses, so the agent must step."""
+
+    lm = model()
+    for mode in ("next_step", "same_step", "disabled"):
+        for changes in ({}, {"top_k": 4}):
+            whole = PPO(envs(4, model=lm, autoreset_mode=mode, **changes), seed=3, num_rounds=2)
+            stepping = PPO(Plain(envs(4, model=lm, autoreset_mode=mode, **changes)), seed=3, num_rounds=2)
+            assert whole.collector.by_whole_responses and not stepping.collector.by_whole_responses
+            for agent in (whole, stepping):
+                agent.envs.reset(seed=3)
+            a, b = whole.collector.collect(), stepping.collector.collect()
+            assert torch.equal(a.batch.response_ids * a.batch.response_mask, b.batch.response_ids * b.batch.response_mask)
+            assert torch.equal(a.batch.response_mask, b.batch.response_mask) and torch.equal(a.batch.ended_by_eos, b.batch.ended_by_eos)
+            for name in ("logprobs", "rewards", "scores", "kl"):
+                torch.testing.assert_close(getattr(a.batch, name), getattr(b.batch, name), atol=1e-5, rtol=0, msg=name)
+            assert a.completions == b.completions and a.prompts == b.prompts
+            torch.testing.assert_close(a.terms["goodness"], b.terms["goodness"])
+
+
+def test_first_minibatch_is_reinforce():
+    """ratio 1, clip fraction 0, approx_kl 0; the policy's gradient is that of -mean(A log pi)."""
+    agent = PPO(envs(model=model("llama")), seed=0, vf_coef=0.0)
+    batch = collected(agent)
+    advantages = torch.randn(batch.rewards.shape, generator=torch.Generator().manual_seed(0))
+    stats = agent._accumulate_gradients(batch, advantages, advantages, torch.arange(len(batch)))
+    assert abs(stats["ratio"] - 1) < 1e-5 and stats["clip_fraction"] == 0 and abs(stats["approx_kl"]) < 1e-10
+    ours = [p.grad.clone() for p in agent.policy.model.parameters()]
+    agent.optimizer.zero_grad()
+    logprobs = []
+    for row in range(len(batch)):
+        n, p = int(batch.response_mask[row].sum()), int(batch.prompt_lengths[row])
+        out = torch.log_softmax(agent.policy.model(batch.ids[row : row + 1, : p + n]).logits[0, p - 1 : -1], -1)
+        logprobs.append((out.gather(1, batch.response_ids[row, :n, None])[:, 0] * advantages[row, :n]).sum())
+    (-torch.stack(logprobs).sum() / batch.response_mask.sum()).backward()
+    for mine, parameter in zip(ours, agent.policy.model.parameters(), strict=True):
+        torch.testing.assert_close(mine, parameter.grad, atol=1e-5, rtol=1e-4)
+
+
+def test_gradient_accumulation_equals_one_batch():
+    gradients = []
+    for size in (None, 3, 1):
+        agent = PPO(envs(model=model("llama")), seed=0, micro_batch_size=size)
+        batch = collected(agent)
+        agent._accumulate_gradients(batch, batch.rewards, batch.rewards, torch.arange(len(batch)))
+        gradients.append([p.grad.clone() for p in agent.policy.parameters()])
+    for other in gradients[1:]:
+        for a, b in zip(gradients[0], other, strict=True):
+            torch.testing.assert_close(a, b, atol=1e-6, rtol=1e-4)
+
+
+def test_nothing_after_the_end_matters():
+    """Statement 7 through the whole update: junk after the end leaves the gradients bit for bit as they were."""
+    gradients = []
+    for junk in (0.0, 1e30, float("nan")):
+        agent = PPO(envs(), seed=0)
+        batch = collected(agent)
+        for name in ("logprobs", "values", "rewards"):
+            getattr(batch, name)[~batch.response_mask] = junk
+        batch.response_ids[~batch.response_mask] = 5 if junk else 0
+        agent._accumulate_gradients(batch, batch.rewards, batch.rewards, torch.arange(len(batch)))
+        gradients.append([p.grad.clone() for p in agent.policy.parameters()])
+    for other in gradients[1:]:
+        for a, b in zip(gradients[0], other, strict=True):
+            assert torch.equal(a, b)
+
+
+def test_dropout_stays_off():
+    lm = model("gpt2", resid_pdrop=0.5, embd_pdrop=0.5, attn_pdrop=0.5)
+    agent = PPO(envs(model=lm), seed=0)
+    agent.policy.train()
+    batch = collected(agent)
+    torch.testing.assert_close(agent.policy(batch)[0], batch.logprobs, atol=1e-5, rtol=0)
+    assert not agent.policy.training and not agent.envs.unwrapped.language_model.model.training
+
+
+def test_learning_rate_zero_changes_nothing_and_reference_never_moves():
+    lm = model()
+    reference_before = weights(lm)
+    agent = PPO(envs(model=lm), seed=0, learning_rate=0.0)
+    before = weights(agent.policy)
+    metrics = []
+    agent.learn(10 * 40, callback=lambda _, m: metrics.append(m))
+    assert len(metrics) >= 8
+    for name, tensor in weights(agent.policy).items():
+        assert torch.equal(tensor, before[name])
+    assert all(abs(m["objective/kl"]) < 1e-4 and m["train/clip_fraction"] == 0 and abs(m["train/approx_kl"]) < 1e-9 for m in metrics)
+    PPO(envs(model=lm), seed=0, learning_rate=0.01).learn(200)
+    for name, tensor in lm.state_dict().items():
+        assert torch.equal(tensor, reference_before[name])
+
+
+def test_same_seed_same_bytes_other_seed_other_bytes():
+    def run(seed):
+        agent = PPO(envs(), seed=seed, learning_rate=1e-2)
+        history = []
+        agent.learn(300, callback=lambda _, m: history.append({k: v for k, v in m.items() if not k.startswith("time/")}))
+        return history, weights(agent.policy)
+
+    (history, first), (history_again, again), (_, other) = run(0), run(0), run(1)
+    assert json.dumps(history) == json.dumps(history_again)
+    assert all(torch.equal(first[k], again[k]) for k in first)
+    assert any(not torch.equal(first[k], other[k]) for k in first)
+
+
+def test_timesteps_count_real_tokens():
+    """Statement 26: EOS counts, padding does not; learn() stops at the first rollout that reaches the total."""
+    agent, seen = PPO(envs(), seed=0), []
+    collect = agent.collector.collect
+    agent.collector.collect = lambda progress: seen.append(collect(progress)) or seen[-1]
+    agent.learn(100)
+    lengths = [len([t for t in row if t is not None]) for r in seen for row in _responses(r)]
+    assert agent.num_timesteps == sum(lengths) >= 100 > agent.num_timesteps - sum(len(r) for r in _responses(seen[-1]))
+
+
+def _responses(rollout):
+    for ids in rollout.batch.response_ids.tolist():
+        yield ids[: ids.index(EOS) + 1] if EOS in ids else ids
+
+
+@pytest.mark.parametrize("critic", ["shared", "separate"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_save_load_continue_equals_continue(tmp_path, critic, dtype):
+    lm, config = model(), {"learning_rate": 1e-2, "critic": critic, "dtype": dtype, "ref_kl_target": 1.0}
+    straight = PPO(envs(model=lm), seed=2, **config).learn(240)
+    halfway = PPO(envs(model=lm), seed=2, **config)
+    halfway.learn(240, callback=lambda agent, _: agent.num_timesteps < 100)
+    halfway.save(tmp_path / "agent")
+    fresh = make_envs(8, model=lm, kl_coef=KL_COEF)
+    resumed = PPO.load(tmp_path / "agent", env=fresh).learn(240)
+    assert resumed.num_timesteps == straight.num_timesteps and resumed.num_updates == straight.num_updates
+    assert fresh.unwrapped.kl_coef == straight.envs.unwrapped.kl_coef != KL_COEF
+    for name, tensor in straight.policy.state_dict().items():
+        assert torch.equal(tensor, resumed.policy.state_dict()[name]), name
+
+
+def test_saved_agent_is_a_from_pretrained_directory(tmp_path):
+    for kind in ("gpt2", "lstm"):
+        agent = PPO(envs(kind=kind), seed=0, learning_rate=1e-2).learn(100)
+        agent.save(tmp_path / kind)
+        again = AutoModelForCausalLM.from_pretrained(tmp_path / kind)
+        ids = torch.tensor([[4, 5, 6]])
+        torch.testing.assert_close(again(ids).logits, agent.policy_model(ids).logits, atol=0, rtol=0)
+        assert not list(tmp_path.glob("**/*.bin")) + list(tmp_path.glob("**/*.pkl")) + list(tmp_path.glob("**/*.pt"))
+        agent.save(tmp_path / kind)  # over its own earlier save
+        loaded = PPO.load(tmp_path / kind, env=envs(kind=kind))
+        obs, _ = loaded.envs.reset(seed=0)
+        np.testing.assert_array_equal(loaded.predict(obs, deterministic=True)[0], agent.predict(obs, deterministic=True)[0])
+
+
+def test_damaged_or_foreign_directories_are_refused(tmp_path):
+    agent = PPO(envs(), seed=0)
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.txt").write_text("years of work")
+    with pytest.raises(FileExistsError, match="nothing was overwritten"):
+        agent.save(tmp_path / "mine")
+    assert (tmp_path / "mine" / "thesis.txt").read_text() == "years of work"
+    with pytest.raises(FileNotFoundError, match="holds no trainer_state.json"):
+        PPO.load(tmp_path / "mine", env=agent.envs)
+    agent.save(tmp_path / "agent")
+    path = tmp_path / "agent" / "value_head.safetensors"
+    data = bytearray(path.read_bytes())
+    data[-1] ^= 1
+    path.write_bytes(data)
+    with pytest.raises(ValueError, match="was changed after it was saved"):
+        PPO.load(tmp_path / "agent", env=agent.envs)
+
+
+def test_a_failed_save_leaves_the_old_one(tmp_path, monkeypatch):
+    agent = PPO(envs(), seed=0, learning_rate=1e-2)
+    agent.save(tmp_path / "agent")
+    before = {p.name: p.read_bytes() for p in (tmp_path / "agent").iterdir()}
+    agent.learn(60)
+    monkeypatch.setattr(agent.tokenizer, "save_pretrained", lambda *_: (_ for _ in ()).throw(OSError("disk full")))
+    with pytest.raises(OSError, match="disk full"):
+        agent.save(tmp_path / "agent")
+    assert {p.name: p.read_bytes() for p in (tmp_path / "agent").iterdir()} == before
+    assert [p.name for p in tmp_path.iterdir()] == ["agent"]
+
+
+@pytest.mark.parametrize("top_k", [None, 3])
+def test_predict(top_k):
+    """Greedy actions are the argmax of the plain model; samples follow its distribution; numpy in, numpy out, one row or many."""
+    lm = model()
+    agent = PPO(envs(2, model=lm, top_k=top_k), seed=0)
+    obs, _ = agent.envs.reset(seed=0)
+    length = int(obs["attention_mask"][0].sum())
+    with torch.no_grad():
+        logits = lm(torch.from_numpy(obs["input_ids"][:1, :length])).logits[0, -1]
+    actions, state = agent.predict(obs, deterministic=True)
+    assert state is None and isinstance(actions, np.ndarray) and actions[0] == logits.argmax()
+    one = {k: v[0] for k, v in obs.items()}
+    assert agent.predict(one, deterministic=True)[0].shape == () and agent.predict(one, deterministic=True)[0] == actions[0]
+    many = {k: np.repeat(v[:1], 4000, axis=0) for k, v in obs.items()}
+    if top_k is not None:
+        logits = torch.where(logits >= logits.topk(top_k).values[-1], logits, -torch.inf)
+    share = np.bincount(agent.predict(many)[0], minlength=V) / 4000
+    expected = torch.softmax(logits, -1).numpy()
+    assert (np.abs(share - expected) < 4 * np.sqrt(expected * (1 - expected) / 4000) + 1e-9).all()
+
+
+def test_learns_and_keeps_near_the_reference():
+    """The score rises far beyond its noise, and a larger kl_coef ends nearer to the reference."""
+
+    def run(kl_coef):
+        seen = []
+        PPO(envs(32, kl_coef=kl_coef), seed=0, learning_rate=5e-3, num_epochs=2).learn(3500, callback=lambda _, m: seen.append(m))
+        return seen[0]["objective/scores"], np.mean([m["objective/scores"] for m in seen[-5:]]), np.mean([m["objective/kl"] for m in seen[-5:]])
+
+    start, free_score, free_kl = run(0.05)
+    _, bound_score, bound_kl = run(1.0)
+    assert free_score > start + 1.5 and bound_kl < 0.5 * free_kl and free_score > bound_score
+
+
+def test_policy_must_fit_and_fields_are_checked():
+    with pytest.raises(TypeError, match="did you mean 'learning_rate'"):
+        PPO(envs(), learning_rat=1.0)
+    with pytest.raises(ValueError, match="num_epochs must be an integer >= 1"):
+        PPO(envs(), num_epochs=0)
+    with pytest.raises(ValueError, match='lr_schedule must be "linear" or "constant"'):
+        PPO(envs(), lr_schedule="cosine")
+    with pytest.raises(ValueError, match="vocabulary of 14 tokens, got 20"):
+        from transformers import GPT2Config, GPT2LMHeadModel
+
+        PPO(envs(), policy=GPT2LMHeadModel(GPT2Config(vocab_size=20, n_embd=8, n_layer=1, n_head=1)))
+    with pytest.raises(ValueError, match="input_ids and attention_mask"):
+        PPO(gym.make_vec("CartPole-v1", num_envs=2), policy=model())
+    with pytest.raises(ValueError, match="total_timesteps must be >= 1"):
+        PPO(envs()).learn(0)
+
+
+def test_callbacks_and_metric_names():
+    calls = {"a": 0, "b": 0}
+
+    def first(agent, metrics):
+        calls["a"] += 1
+        return calls["a"] < 2
+
+    def second(agent, metrics):
+        calls["b"] += 1
+        names = {"rollout/ep_rew_mean", "time/fps", "train/approx_kl", "objective/kl", "objective/scores", "objective/scores/goodness", "policy/approxkl_avg"}
+        assert names <= set(metrics) and all(isinstance(v, float | int) for v in metrics.values())
+
+    PPO(envs(), seed=0).learn(10_000, callback=[first, second])
+    assert calls == {"a": 2, "b": 2}
+
+
+def test_whitened_advantage_scale_has_the_scores_spread_as_floor():
+    """With a perfect critic the advantages are tiny noise; they must not be blown up to size 1."""
+    agent, seen = PPO(envs(), seed=0, learning_rate=0.0), {}
+    original = agent._accumulate_gradients
+    agent._accumulate_gradients = lambda batch, advantages, returns, rows: seen.setdefault("a", advantages) is None or original(batch, advantages, returns, rows)
+    rollout = agent.collector.collect()
+    from dataclasses import replace
+
+    mask = rollout.batch.response_mask
+    noise = 1e-3 * torch.randn(mask.shape, generator=torch.Generator().manual_seed(0))
+    rollout.batch = replace(rollout.batch, rewards=torch.where(mask, noise, 0.0), values=torch.zeros_like(noise), scores=torch.linspace(0, 1, len(mask)))
+    agent.total_timesteps = 1
+    agent.update(rollout)
+    assert seen["a"][mask].std() < 0.02 and abs(masked_mean(seen["a"], mask)) < 1e-6
