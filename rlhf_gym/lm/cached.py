@@ -24,13 +24,14 @@ class _RowLayer(StaticLayer):
         super().__init__(max_cache_len=keys.shape[2])
         self.keys, self.values, self.is_initialized = keys, values, True
         self.rows = torch.arange(len(keys), device=keys.device)
-        self.columns = self.rows  # where each row writes
+        self.columns = self.rows  # where each of the first rows writes
         self.width = keys.shape[2]  # how many columns can be visible to any row
 
     def update(self, key_states: Tensor, value_states: Tensor, *args, **kwargs) -> tuple[Tensor, Tensor]:
-        self.keys[self.rows, :, self.columns] = key_states[:, :, 0]
-        self.values[self.rows, :, self.columns] = value_states[:, :, 0]
-        return self.keys[:, :, : self.width], self.values[:, :, : self.width]
+        count = len(self.columns)
+        self.keys[self.rows[:count], :, self.columns] = key_states[:, :, 0]
+        self.values[self.rows[:count], :, self.columns] = value_states[:, :, 0]
+        return self.keys[:count, :, : self.width], self.values[:count, :, : self.width]
 
 
 class RaggedKV(ModelEngine):
@@ -67,24 +68,30 @@ class RaggedKV(ModelEngine):
         return logits[:, 0], None if hidden is None else hidden[:, 0]
 
     def _decode(self, tokens: Tensor, active: Tensor) -> tuple[Tensor, Tensor | None]:
-        # A row that does not move must not be changed either: it writes into the spare column.
-        columns = torch.where(active, self.n, self.max_tokens)
-        # A CUDA graph wants fixed shapes; elsewhere columns that no row has reached are left out.
-        width = self._num_columns if self.device.type == "cuda" else int(self.n.max()) + 1
+        positions, slots, width = self._where(active)
         for layer in self._cache.layers:
-            layer.columns, layer.width = columns, width
-        positions = self.n.clamp(max=self.max_tokens - 1)
+            layer.columns, layer.width = slots, width
+        rows = self._rows[: len(tokens), None]
         logits, hidden, _ = forward_at(
             self.model,
             tokens[:, None],
-            self._rows[:, None],
-            torch.zeros_like(self._rows[:, None]),
+            rows,
+            torch.zeros_like(rows),
             attention_mask=self._masks(positions, width),
             position_ids=positions[:, None],
             past_key_values=self._cache,
             use_cache=True,
         )
         return logits[:, 0], None if hidden is None else hidden[:, 0]
+
+    def _where(self, active: Tensor) -> tuple[Tensor, Tensor, int]:
+        """Position of the new token of each of the first rows, the column it writes, and how many columns are in use."""
+        n = self.n[: len(active)]
+        # A row that does not move must not be changed either: it writes into the spare column.
+        slots = torch.where(active, n, self.max_tokens)
+        # Where shapes are fixed all columns count; on a CPU those that no active row has reached are left out.
+        width = int((n * active).max()) + 1 if self.device.type == "cpu" else self._num_columns
+        return n.clamp(max=self.max_tokens - 1), slots, width
 
     def _masks(self, positions: Tensor, width: int) -> Tensor | dict[str, Tensor]:
         """What each row may see, (B, 1, 1, width); one such mask per kind of layer where the model mixes them."""

@@ -81,8 +81,9 @@ class Engine:
         raise NotImplementedError
 
     def _decode(self, tokens: Tensor, active: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Appends ``tokens`` at position ``n`` of the active rows; returns logits (B, V) and hidden (B, d) or None.
+        """Appends ``tokens`` at position ``n`` of the active rows; returns logits (k, V) and hidden (k, d) or None.
 
+        It is given the first k rows of the engine, ``tokens`` (k,) and ``active`` (k,); the others are all inactive.
         The state of inactive rows must not change; what is returned for them is ignored.
         """
         raise NotImplementedError
@@ -137,17 +138,26 @@ class Engine:
             Logits of the next token, unspecified for inactive rows. Shape (B, V), float32.
         """
         active = active & (self.n < self.max_tokens)
-        last = self.n.clamp(max=self.max_tokens - 1)
+        if self.device.type == "cpu":  # no work for idle rows at the end; elsewhere fixed shapes are worth more
+            moving = active.nonzero()
+            count = int(moving[-1]) + 1 if len(moving) else 0
+        else:
+            count = self.num_rows
+        if count == 0:
+            return self.state["logits"].clone()
+        rows, tokens, active = self._rows[:count], tokens[:count], active[:count]
+        last = self.n[:count].clamp(max=self.max_tokens - 1)
         ids = self.state["ids"]
-        ids[self._rows, last] = torch.where(active, tokens, ids[self._rows, last])
+        ids[rows, last] = torch.where(active, tokens, ids[rows, last])
         with inference(self.model):
             logits, hidden = self._decode(tokens, active)
             logits = logits.float()
-            torch.where(active[:, None], logits, self.state["logits"], out=self.state["logits"])
-            if hidden is not None:
-                torch.where(active[:, None], hidden, self.state["hidden"], out=self.state["hidden"])
-        self.n += active
-        return logits
+            for name, new in (("logits", logits), ("hidden", hidden)):
+                if new is not None:
+                    kept = self.state[name][:count]
+                    torch.where(active[:, None], new, kept, out=kept)
+        self.n[:count] += active
+        return logits if count == self.num_rows else nn.functional.pad(logits, (0, 0, 0, self.num_rows - count))
 
     # The memo ---------------------------------------------------------------------------------------------------------
 

@@ -111,12 +111,20 @@ def generate(
         step[busy] += 1
         ended = by_eos | (step[busy] == max_response_tokens)
         episode[busy[ended]] = -1
-        active = episode >= 0
-        if active.any():
-            all_tokens = torch.zeros(num_rows, dtype=torch.long, device=device)
-            all_tokens[busy] = tokens
+        left = busy[~ended]
+        if len(left):
+            newest = torch.zeros(num_rows, dtype=torch.long, device=device)
+            newest[busy] = tokens
+            if num_started == num_episodes and 2 * len(left) <= int(left[-1]) + 1:
+                # No prompt waits and half of the rows are idle: the others move together, for decode skips idle ends.
+                front = torch.arange(len(left), device=device)
+                for each in engines:
+                    each.copy_rows(left, front)
+                newest[front], step[front] = newest[left], step[left]
+                moved, episode = episode[left], torch.full_like(episode, -1)
+                episode[front] = moved
             for i, each in enumerate(engines):
-                logits[i] = each.decode(all_tokens, active)
+                logits[i] = each.decode(newest, episode >= 0)
     return Responses(response_ids, response_mask, logprobs, values, ended_by_eos)
 
 

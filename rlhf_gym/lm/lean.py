@@ -3,7 +3,7 @@
 For small models most of a decode step goes into wrappers, masks and small operations; for larger ones into matrix
 products that have a faster kernel. The blocks here are written once, for a flat list of tokens, and serve prefill and
 decode alike: the two differ in how a token finds its keys. Weights are read from the model's modules at each call, so
-that an update in place is seen at once, and whatever stands in a linear layer's place (a LoRA adapter) is called.
+that an update in place is seen at once.
 """
 
 from __future__ import annotations
@@ -118,14 +118,11 @@ class LeanKV(RaggedKV):
         return _linear(self.model.lm_head, hidden), hidden
 
     def _decode(self, tokens: Tensor, active: Tensor) -> tuple[Tensor, Tensor]:
-        positions = self.n.clamp(max=self.max_tokens - 1)
-        # A CUDA graph wants fixed shapes; elsewhere columns that no row has reached are left out.
-        width = self._num_columns if self.device.type == "cuda" else int(self.n.max()) + 1
-        # A row that does not move must not be changed: it writes into the spare column.
-        slots = (self._first_columns + torch.where(active, self.n, self.max_tokens)[:, None]).flatten()
-        key_heads = self._first_columns.shape[1]
+        positions, slots, width = self._where(active)
+        count, key_heads = len(tokens), self._first_columns.shape[1]
+        slots = (self._first_columns[:count] + slots[:, None]).flatten()
         lowest = torch.finfo(self._keys[0].dtype).min
-        bias = {}  # added to the scores: (B * key heads, 1, width)
+        bias = {}  # added to the scores: (k * key heads, 1, width)
         for kind, window in self._windows.items():
             hidden = self._columns[:width] > positions[:, None]
             if window is not None:
@@ -135,15 +132,14 @@ class LeanKV(RaggedKV):
 
         def attend(i: int, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
             d = k.shape[-1]
-            keys, values = (
-                cache[i].view(-1, d).index_copy_(0, slots, new.reshape(-1, d)).view(-1, self._num_columns, d)[:, :width]
-                for cache, new in ((self._keys, k), (self._values, v))
-            )
+            for cache, new in ((self._keys[i], k), (self._values[i], v)):
+                cache.view(-1, d).index_copy_(0, slots, new.reshape(-1, d))
+            keys, values = (cache[i][:count].flatten(0, 1)[:, :width] for cache in (self._keys, self._values))
             # Query heads that share a key head are rows of one product: keys are never repeated.
             q = q.reshape(len(keys), -1, d)
             scores = torch.baddbmm(bias[self._kinds[i]], q, keys.transpose(1, 2), alpha=scale)
             weights = torch.softmax(scores, -1, dtype=torch.float32).to(values.dtype)
-            return torch.bmm(weights, values).view(len(tokens), -1)
+            return torch.bmm(weights, values).view(count, -1)
 
         hidden = self._trunk(self.model, tokens, positions, attend)
         return _linear(self.model.lm_head, hidden), hidden

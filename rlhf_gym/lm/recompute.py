@@ -49,14 +49,9 @@ class Recompute(ModelEngine):
 
     def _decode(self, tokens: Tensor, active: Tensor) -> tuple[Tensor, Tensor | None]:
         rows = active.nonzero()[:, 0]
-        logits = torch.zeros_like(self.state["logits"])
-        hidden = torch.zeros_like(self.state["hidden"]) if "hidden" in self.state else None
-        if len(rows) == 0:
-            return logits, hidden
         lengths = self.n[rows] + 1
         ids = self.state["ids"][rows, : int(lengths.max())]
-        moved_logits, moved_hidden = self._prefill(rows, ids, lengths)
-        logits[rows] = moved_logits.float()
-        if hidden is not None:
-            hidden[rows] = moved_hidden
-        return logits, hidden
+        return tuple(
+            None if moved is None else moved.new_zeros(len(tokens), moved.shape[1]).index_copy_(0, rows, moved)
+            for moved in self._prefill(rows, ids, lengths)
+        )

@@ -39,11 +39,12 @@ class Recurrent(ModelEngine):
         return logits[:, 0], None if hidden is None else hidden[:, 0]
 
     def _decode(self, tokens: Tensor, active: Tensor) -> tuple[Tensor, Tensor | None]:
-        past = tuple(state.transpose(0, 1).contiguous() for state in self._past)
-        rows = self._rows[:, None]
+        states = [state[: len(tokens)] for state in self._past]
+        past = tuple(state.transpose(0, 1).contiguous() for state in states)
+        rows = self._rows[: len(tokens), None]
         logits, hidden, output = forward_at(
             self.model, tokens[:, None], rows, torch.zeros_like(rows), past_key_values=past, use_cache=True
         )
-        for state, moved in zip(self._past, output.past_key_values, strict=True):
+        for state, moved in zip(states, output.past_key_values, strict=True):
             torch.where(active[:, None, None], moved.transpose(0, 1), state, out=state)
         return logits[:, 0], None if hidden is None else hidden[:, 0]
