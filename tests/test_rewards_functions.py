@@ -414,7 +414,7 @@ def test_dense_failures(rows, message):
 
 def test_only_raise_is_a_policy_so_far():
     assert as_reward(len, on_error="raise").on_error == "raise"
-    with pytest.raises(ValueError, match='on_error must be "raise", got \'skip\''):
+    with pytest.raises(ValueError, match="on_error must be \"raise\", got 'skip'"):
         as_reward(len, on_error="skip")
 
 

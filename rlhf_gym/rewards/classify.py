@@ -54,7 +54,7 @@ class Classifier:
         if self.max_tokens is not None and self.truncation != "error":
             options = {"truncation": True, "max_length": self.max_tokens}
         if self.reads == "pair":
-            encoded = self.tokenizer(list(prompts), list(completions), **options)
+            encoded = self.tokenizer(list(prompts), list(completions), return_token_type_ids=True, **options)
         else:
             texts = (
                 completions if self.reads == "response" else [p + c for p, c in zip(prompts, completions, strict=True)]
@@ -173,12 +173,14 @@ def classifier(
 
 def _load(source: str, device: torch.device | str) -> Any:
     import torch
-    from transformers import AutoModelForSequenceClassification
+    from transformers import AutoModelForSequenceClassification, logging
 
     from rlhf_gym.lm.load import _find
 
     found = _find(source)
     device = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device)
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity_error()  # what it would report of missing weights is an error of ours below
     try:
         model, info = AutoModelForSequenceClassification.from_pretrained(
             found, dtype=torch.float32, use_safetensors=True, trust_remote_code=False, output_loading_info=True
@@ -187,6 +189,8 @@ def _load(source: str, device: torch.device | str) -> Any:
         raise ValueError(
             f"classifier: {source!r} cannot be loaded as a sequence classifier from safetensors: {error}"
         ) from error
+    finally:
+        logging.set_verbosity(verbosity)
     if info["missing_keys"]:
         # transformers would fill them with noise and go on with a warning: a language model's directory would become a
         # random reward.
@@ -202,7 +206,7 @@ def _load_tokenizer(tokenizer: Any, source: str) -> Any:
     if tokenizer is not None and not isinstance(tokenizer, (str, os.PathLike)):
         return copy.deepcopy(tokenizer)  # the truncation side is set on it
     place = source if tokenizer is None else os.fspath(tokenizer)
-    if not (Path(place).is_dir() or "/" in place):
+    if not place or not (Path(place).is_dir() or "/" in place):  # Path("") is the working directory
         raise ValueError(
             "classifier: tokenizer must be given with a model object that was not loaded from a directory: "
             "classifier(model, tokenizer)"
@@ -210,9 +214,13 @@ def _load_tokenizer(tokenizer: Any, source: str) -> Any:
     from transformers import AutoTokenizer
 
     try:
-        return AutoTokenizer.from_pretrained(place, trust_remote_code=False)
+        loaded = AutoTokenizer.from_pretrained(place, trust_remote_code=False)
     except Exception as error:
         raise ValueError(f"classifier: no tokenizer can be loaded from {place!r}: {error}") from error
+    if not set(loaded.get_vocab()) - set(loaded.all_special_tokens):
+        # Without tokenizer files transformers makes up an empty one from config.json, to which every word is unknown.
+        raise ValueError(f"classifier: there is no tokenizer in {place!r}; give it: classifier(model, tokenizer)")
+    return loaded
 
 
 def _label_index(config: Any, label: str | int | None) -> int:

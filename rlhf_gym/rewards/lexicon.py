@@ -72,6 +72,7 @@ NEGATIVE = _words(
 NEGATORS = _words("not no never none nobody nothing neither nor cannot without hardly barely scarcely")
 NEGATION_REACH = 3  # words after a negator that it turns round: "not a very good film"
 
+_NOT_ONLY = re.compile(r"\bnot (?=(?:only|just|merely)\b)")  # "not only good": adds, does not negate
 _TOKEN = re.compile(r"[a-z]+(?:[-'][a-z]+)*|[.,;:!?()\"]")
 
 
@@ -97,7 +98,7 @@ def sentiment() -> Callable[..., list[float]]:
 def polarity(text: str) -> float:
     """Sentiment of one text, see :func:`sentiment`."""
     total = count = reach = 0
-    for token in _TOKEN.findall(text.lower().replace("’", "'")):
+    for token in _TOKEN.findall(_NOT_ONLY.sub("", text.lower().replace("’", "'"))):
         if token in NEGATORS or token.endswith("n't"):
             reach = NEGATION_REACH
             continue

@@ -80,9 +80,7 @@ class Perplexity:
         ids = [*self.prefix, *lm.tokenizer.encode(prompt + completion, add_special_tokens=False)]
         # The two may merge at the seam ("sun" + "ny"): the response begins with the first token that the prompt alone
         # would not have.
-        start = next(
-            (i for i, (a, b) in enumerate(zip(before, ids, strict=False)) if a != b), min(len(before), len(ids))
-        )
+        start = _common_prefix(before, ids)
         if start == 0:
             ids, start = [lm.eos_token_ids[0] if lm.bos_token_id is None else lm.bos_token_id, *ids], 1
         if lm.max_context is not None and len(ids) > lm.max_context:
@@ -119,10 +117,9 @@ def perplexity(
     from rlhf_gym.lm import load_language_model
 
     language_model = load_language_model(model, tokenizer, device=device)
-    # What the tokenizer puts before a text (BOS, usually), and without what it may put after it: the text can go on.
-    plain, full = (language_model.tokenizer.encode("a", add_special_tokens=special) for special in (False, True))
-    before = next((i for i in range(len(full)) if full[i : i + len(plain)] == plain), 0)
-    return Perplexity(language_model, log, tuple(full[:before]))
+    # What the tokenizer puts before every text (BOS, usually), without what it may put after it: the text can go on.
+    empty, one = language_model.tokenizer.encode(""), language_model.tokenizer.encode("a")
+    return Perplexity(language_model, log, tuple(one[: _common_prefix(empty, one)]))
 
 
 def _sum_logprobs(
@@ -137,6 +134,11 @@ def _sum_logprobs(
     mask = torch.arange(ids.shape[1]) < lengths[:, None]
     logprobs = response_logprobs(language_model.model, prompt_ids, ids, mask)
     return logprobs.double().sum(dim=1).cpu().numpy()
+
+
+def _common_prefix(a: list[int], b: list[int]) -> int:
+    """How many tokens two texts begin with in common."""
+    return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
 
 
 def _lengths(response_ids: list[list[int]]) -> np.ndarray:
