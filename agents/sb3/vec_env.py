@@ -193,7 +193,7 @@ class GymVectorToSB3(VecEnv):
         return [found for _ in self._get_indices(indices)]
 
     def _chain(self) -> list[VectorEnv]:
-        """The environment and what it wraps, outermost first: Gymnasium's vector wrappers pass no attributes through."""
+        """The environment and what it wraps, outermost first: vector wrappers pass no attributes through."""
         chain = [self.envs]
         while hasattr(chain[-1], "env"):
             chain.append(chain[-1].env)

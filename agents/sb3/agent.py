@@ -1,0 +1,347 @@
+"""Stable-Baselines3's on-policy algorithms behind the interface of all agents."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, ClassVar
+
+import gymnasium as gym
+import numpy as np
+import torch
+from gymnasium.vector import VectorEnv
+from safetensors.torch import load_file, save_file
+from stable_baselines3.common.callbacks import BaseCallback, CallbackList
+from stable_baselines3.common.logger import Logger
+from stable_baselines3.common.monitor import Monitor
+from stable_baselines3.common.on_policy_algorithm import OnPolicyAlgorithm
+from stable_baselines3.common.vec_env import DummyVecEnv
+from torch import Tensor
+
+from rlhf_gym import __version__
+from rlhf_gym.atomic import replaced_directory, verified_files
+from rlhf_gym.kl import AdaptiveKL, FixedKL
+from rlhf_gym.lm import LanguageModel, load_language_model
+
+from ..base import _make_config
+from .announce import AnnounceLogprobs
+from .policy import LMActorCriticPolicy, policy_kwargs
+from .report import Report, StopLearning
+from .vec_env import GymVectorToSB3
+
+
+class SB3Agent:
+    """An unmodified on-policy algorithm of SB3 or sb3-contrib that trains a language model.
+
+    The environment's KL penalty is announced, gamma is 1, and what is saved is a ``from_pretrained`` directory (never
+    SB3's zip, which runs code found in it when it is loaded). Actions and minibatches are drawn from SB3's usual global
+    generators, but these are the agent's own while it learns, and the caller's come back afterwards.
+
+    Args:
+        envs: A vector environment of text (ours or any other with the same spaces), or a scalar one.
+        policy: The model to start from, which is copied: a ``PreTrainedModel``, ``LanguageModel``, name or directory;
+            None is the environment's reference.
+        seed: Seed of sampling, minibatches and the environment's prompts.
+        algorithm: The class, for instance ``stable_baselines3.PPO``; subclasses have theirs.
+        **config: ``n_steps`` (default: twice the longest response, so that most episodes begin and end in a rollout),
+            ``critic`` ("shared" or "separate" trunk), ``ref_kl_target`` and ``kl_horizon`` of an adaptive KL
+            coefficient; all others are arguments of the algorithm.
+
+    Attributes:
+        algorithm: The algorithm itself, ready to be used as SB3's documentation says.
+        num_updates: Rollouts learnt from so far.
+
+    Example:
+        >>> envs = gym.make_vec("rlhf_gym/TinyReviews-v0", num_envs=64, kl_coef=0.05)        # doctest: +SKIP
+        >>> SB3Agent(envs, algorithm=stable_baselines3.PPO, n_epochs=4).learn(100_000)       # doctest: +SKIP
+    """
+
+    algorithm_class: ClassVar[type[OnPolicyAlgorithm] | None] = None
+    config_class: ClassVar[type | None] = None
+
+    def __init__(
+        self,
+        envs: VectorEnv | gym.Env,
+        policy: Any = None,
+        seed: int = 0,
+        algorithm: type[OnPolicyAlgorithm] | None = None,
+        **config: Any,
+    ) -> None:
+        algorithm = algorithm or self.algorithm_class
+        if not (isinstance(algorithm, type) and issubclass(algorithm, OnPolicyAlgorithm)):
+            raise TypeError(f"algorithm must be an on-policy class of Stable-Baselines3 such as PPO, got {algorithm!r}")
+        self.config = config if self.config_class is None else _make_config(self.config_class, config)
+        self.envs, self.seed = envs, seed
+        base = envs.unwrapped
+        source, self.tokenizer = _starting_model(base, policy)
+        arguments = dict(self.config) if self.config_class is None else dataclasses.asdict(self.config)
+        critic = arguments.pop("critic", "shared")
+        if critic not in ("shared", "separate"):
+            raise ValueError(f"critic must be 'shared' or 'separate', got {critic!r}")
+        ref_kl_target, kl_horizon = arguments.pop("ref_kl_target", None), arguments.pop("kl_horizon", 10_000.0)
+        self.kl_controller: FixedKL | AdaptiveKL | None = None
+        if hasattr(base, "kl_coef"):
+            coef = base.kl_coef
+            self.kl_controller = FixedKL(coef) if ref_kl_target is None else AdaptiveKL(coef, ref_kl_target, kl_horizon)
+        venv = GymVectorToSB3(envs) if isinstance(envs, VectorEnv) else DummyVecEnv([lambda: Monitor(envs)])
+        if arguments.get("n_steps") is None:
+            arguments["n_steps"] = 2 * getattr(
+                base, "max_response_tokens", venv.observation_space["input_ids"].shape[0]
+            )
+        self.prepare(arguments, arguments["n_steps"] * venv.num_envs)
+
+        with _generators(None):
+            self.algorithm = algorithm(
+                LMActorCriticPolicy,
+                venv,
+                seed=seed,
+                device=getattr(base, "device", "auto"),
+                policy_kwargs=policy_kwargs(envs, source, separate_critic=critic == "separate")
+                | arguments.pop("policy_kwargs", {}),
+                **({"gamma": 1.0} | arguments),
+            )
+            self._randomness = _get_generators()
+        self.algorithm.set_logger(Logger(folder=None, output_formats=[]))
+        self._predict_generator = torch.Generator().manual_seed(seed)
+        self.num_updates = self.total_timesteps = 0
+        self._begin_anew = self._learning = False
+
+    def prepare(self, arguments: dict[str, Any], num_states: int) -> None:
+        """Last changes to the algorithm's arguments, in place, now that the states per rollout are known."""
+
+    # ---- learning
+
+    def learn(
+        self,
+        total_timesteps: int,
+        callback: Callable[..., Any] | Sequence[Callable[..., Any]] | None = None,
+        progress_bar: bool = False,
+    ) -> SB3Agent:
+        """Trains until the agent has generated ``total_timesteps`` tokens in all.
+
+        A loaded agent goes on from where it was saved, bit for bit as the saved one does (on a CPU).
+
+        Args:
+            total_timesteps: Tokens, EOS included, at least 1. Schedules end here. Whole rollouts are collected, so it
+                ends a little above.
+            callback: One or several, each ``callback(agent, metrics)``, called after each update; returning False ends
+                the training. Callbacks of SB3 (``BaseCallback``) work too.
+            progress_bar: Show a bar with tokens per second, score and KL.
+
+        Returns:
+            The agent.
+        """
+        if total_timesteps < 1:
+            raise ValueError(f"total_timesteps must be at least 1, got {total_timesteps}")
+        self.total_timesteps = int(total_timesteps)
+        if self.num_timesteps >= self.total_timesteps:
+            return self
+        given = [] if callback is None else list(callback) if isinstance(callback, Sequence) else [callback]
+        report = Report(self, [call for call in given if not isinstance(call, BaseCallback)], progress_bar)
+        callbacks = [report, *(call for call in given if isinstance(call, BaseCallback))]
+        if self._announces:
+            callbacks.append(announce := AnnounceLogprobs())
+        try:
+            with _generators(self._randomness):
+                self._learning = True
+                try:
+                    # The second argument of SB3's is what is left to do.
+                    self.algorithm.learn(
+                        self.total_timesteps - self.num_timesteps, CallbackList(callbacks), reset_num_timesteps=False
+                    )
+                except StopLearning:
+                    pass
+                finally:
+                    self._learning = False
+                    self._randomness = _get_generators()
+        finally:
+            report.close()
+            if self._announces:
+                announce.close()
+        return self
+
+    @property
+    def _announces(self) -> bool:
+        base = self.envs.unwrapped
+        return hasattr(base, "announce_logprobs") and getattr(base, "language_model", None) is not None
+
+    def begin_rollout(self) -> None:
+        """Called before each rollout. After a save the episodes in flight are given up, here as in the saved agent."""
+        if self._begin_anew:
+            self._begin_anew = False
+            algorithm = self.algorithm
+            algorithm._last_obs = algorithm.env.reset()
+            algorithm._last_episode_starts = np.ones(algorithm.n_envs, dtype=bool)
+
+    def end_update(self, kl: float, num_episodes: int) -> None:
+        """Called after each update with the mean KL of the rollout's responses."""
+        self.num_updates += 1
+        if self.kl_controller is not None and num_episodes:
+            self.envs.unwrapped.kl_coef = self.kl_controller.update(kl, num_episodes)
+
+    @property
+    def num_timesteps(self) -> int:
+        """Tokens generated so far, EOS included."""
+        return self.algorithm.num_timesteps
+
+    # ---- acting
+
+    @property
+    def policy_model(self) -> Any:
+        """The trained language model, a ``PreTrainedModel``."""
+        return self.algorithm.policy.lm
+
+    def predict(self, observation: dict[str, Any], deterministic: bool = False) -> tuple[Any, None]:
+        """Chooses the next tokens.
+
+        Args:
+            observation: ``input_ids`` and ``attention_mask`` of one row (L,) or several (N, L), numpy or torch.
+            deterministic: The likeliest token instead of a sample.
+
+        Returns:
+            Tokens of shape () or (N,), numpy or torch like the observation; and None.
+        """
+        tensors = isinstance(observation["input_ids"], Tensor)
+        arrays = {key: value.cpu().numpy() if tensors else value for key, value in observation.items()}
+        policy = self.algorithm.policy
+        policy.generator = self._predict_generator
+        try:
+            actions, _ = self.algorithm.predict(arrays, deterministic=deterministic)
+        finally:
+            policy.generator = None
+        return (torch.as_tensor(actions, device=observation["input_ids"].device) if tensors else actions), None
+
+    # ---- saving
+
+    def save(self, directory: str | Path) -> None:
+        """Writes a directory that ``AutoModelForCausalLM.from_pretrained`` loads, with all that ``load`` needs.
+
+        The directory appears whole or not at all; one that an agent wrote there before is replaced. Episodes in flight
+        are not saved: this agent, too, begins its next rollout with new ones, and so goes on as the loaded one does.
+        """
+        algorithm, base = self.algorithm, self.envs.unwrapped
+        randomness = _get_generators() if self._learning else self._randomness
+        tensors, optimizer = _optimizer_state(algorithm.policy.optimizer)
+        tensors["torch_generator"] = randomness[0]
+        tensors["numpy_generator"] = torch.from_numpy(randomness[1][1].astype(np.int64))
+        tensors["predict_generator"] = self._predict_generator.get_state()
+        state = {
+            "agent": type(self).__name__,
+            "algorithm": type(algorithm).__name__,
+            "version": __version__,
+            "config": self.config if self.config_class is None else dataclasses.asdict(self.config),
+            "seed": self.seed,
+            "num_timesteps": self.num_timesteps,
+            "num_updates": self.num_updates,
+            "n_updates": algorithm._n_updates,
+            "optimizer": optimizer,
+            "numpy_generator": [randomness[1][0], *randomness[1][2:]],
+            "kl_controller": self.kl_controller.state_dict() if self.kl_controller else None,
+            "prompt_order": base.prompt_order_state() if hasattr(base, "prompt_order_state") else None,
+        }
+        with replaced_directory(directory) as folder:
+            policy = algorithm.policy
+            policy.lm.save_pretrained(folder)
+            if policy.critic_lm is not None:
+                policy.critic_lm.save_pretrained(folder / "critic")
+            if self.tokenizer is not None:
+                self.tokenizer.save_pretrained(folder)
+            save_file(policy.value_head.state_dict(), folder / "value_head.safetensors")
+            save_file(tensors, folder / "trainer_state.safetensors")
+            (folder / "trainer_state.json").write_text(json.dumps(state, indent=1))
+        self._begin_anew = True
+
+    @classmethod
+    def load(cls, directory: str | Path, env: VectorEnv | gym.Env, algorithm: Any = None) -> SB3Agent:
+        """The agent that ``save`` wrote, ready to act in ``env`` and to go on learning.
+
+        Args:
+            directory: Where it was saved.
+            env: The environment, with as many rows as before.
+            algorithm: The algorithm's class where this class has none of its own; code is never loaded from a file.
+
+        Raises:
+            FileNotFoundError: If there is no saved agent.
+            ValueError: If a file was damaged, or the agent is of another class or algorithm.
+        """
+        folder = verified_files(Path(directory), "trainer_state.json")
+        state = json.loads((folder / "trainer_state.json").read_text())
+        if state["agent"] != cls.__name__:
+            raise ValueError(f"{directory} holds a {state['agent']}, not a {cls.__name__}; load it with that class")
+        agent = cls(env, policy=str(folder), seed=state["seed"], algorithm=algorithm, **state["config"])
+        if type(agent.algorithm).__name__ != state["algorithm"]:
+            raise ValueError(f"{directory} was trained by {state['algorithm']}, not {type(agent.algorithm).__name__}")
+        policy = agent.algorithm.policy
+        if policy.critic_lm is not None:
+            critic = load_language_model(str(folder / "critic"), agent.tokenizer, device=policy.device, dtype="float32")
+            policy.critic_lm.load_state_dict(critic.model.state_dict())
+        policy.value_head.load_state_dict(load_file(folder / "value_head.safetensors"))
+        tensors = load_file(folder / "trainer_state.safetensors")
+        name, *rest = state["numpy_generator"]
+        keys = tensors.pop("numpy_generator").numpy().astype(np.uint32)
+        agent._randomness = tensors.pop("torch_generator"), (name, keys, *rest)
+        agent._predict_generator.set_state(tensors.pop("predict_generator"))
+        _load_optimizer_state(policy.optimizer, tensors, state["optimizer"])
+        if agent.kl_controller is not None and state["kl_controller"]:
+            agent.kl_controller.load_state_dict(state["kl_controller"])
+            env.unwrapped.kl_coef = agent.kl_controller.coef
+        if state["prompt_order"] is not None and hasattr(env.unwrapped, "load_prompt_order_state"):
+            env.unwrapped.load_prompt_order_state(state["prompt_order"])
+            agent.algorithm.env._reset_seeds()  # the rows go on in their order of prompts
+        agent.algorithm.num_timesteps, agent.algorithm._n_updates = state["num_timesteps"], state["n_updates"]
+        agent.num_updates = state["num_updates"]
+        return agent
+
+
+def _starting_model(base: Any, policy: Any) -> tuple[Any, Any]:
+    """The model to copy and its tokenizer (None where nobody knows one)."""
+    tokenizer = getattr(base, "tokenizer", None)
+    if isinstance(policy, (str, Path)):
+        policy = load_language_model(str(policy), device=getattr(base, "device", "auto"), dtype="float32")
+    if isinstance(policy, LanguageModel):
+        tokenizer = tokenizer or policy.tokenizer
+    return policy, tokenizer
+
+
+def _get_generators() -> tuple[Tensor, tuple]:
+    return torch.get_rng_state(), np.random.get_state()
+
+
+@contextlib.contextmanager
+def _generators(state: tuple[Tensor, tuple] | None) -> Iterator[None]:
+    """Inside, the global generators that SB3 draws from are in the given state; afterwards the caller's are back."""
+    outside = _get_generators()
+    try:
+        if state is not None:
+            torch.set_rng_state(state[0])
+            np.random.set_state(state[1])
+        yield
+    finally:
+        torch.set_rng_state(outside[0])
+        np.random.set_state(outside[1])
+
+
+def _optimizer_state(optimizer: torch.optim.Optimizer) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """The optimiser's tensors, for safetensors, and its numbers, for JSON."""
+    saved = optimizer.state_dict()
+    tensors, numbers = {}, {}
+    for index, values in saved["state"].items():
+        for name, value in values.items():
+            if isinstance(value, Tensor):
+                tensors[f"optimizer.{index}.{name}"] = value.detach().clone().contiguous()
+            else:
+                numbers.setdefault(str(index), {})[name] = value
+    return tensors, {"param_groups": saved["param_groups"], "state": numbers}
+
+
+def _load_optimizer_state(
+    optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor], numbers: dict[str, Any]
+) -> None:
+    state: dict[int, dict[str, Any]] = {int(index): dict(values) for index, values in numbers["state"].items()}
+    for key, value in tensors.items():
+        _, index, name = key.split(".", 2)
+        state.setdefault(int(index), {})[name] = value
+    optimizer.load_state_dict({"state": state, "param_groups": numbers["param_groups"]})
