@@ -97,6 +97,7 @@ def test_trl_example_async():
     assert asyncio.run(in_a_notebook()) == [0.0, 1.0]
 
 
+@pytest.mark.filterwarnings("ignore:coroutine .* was never awaited")  # the nested one, which is refused
 def test_async_of_one_text_runs_all_at_once_and_keeps_its_loop():
     loops = set()
     together = 0
@@ -114,6 +115,12 @@ def test_async_of_one_text_runs_all_at_once_and_keeps_its_loop():
     for _ in range(2):  # an HTTP session is bound to its loop: the loop must outlive the call
         assert reward.score(ABC).total.tolist() == [1, 2, 3]
     assert most == 3 and len(loops) == 1
+
+    async def nested(text):
+        return reward.score(ABC).total[0]  # would wait for the thread that it runs in
+
+    with pytest.raises(RewardError, match="inside an async reward"):
+        as_reward(nested).score(ABC)
 
     async def broken(text):
         if text == "bb":
@@ -426,5 +433,7 @@ def test_reward_passes_through_and_is_not_copied():
 
 
 def test_importing_rewards_does_not_import_torch():
-    code = "import sys, rlhf_gym.rewards as r; r.as_reward('sentiment'); print({'torch', 'transformers'} & set(sys.modules))"
+    code = (
+        "import sys, rlhf_gym.rewards as r; r.as_reward('sentiment'); print({'torch', 'transformers'} & {*sys.modules})"
+    )
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout.strip() == "set()"

@@ -135,7 +135,7 @@ def test_classifier_decoder_without_pad_token_batched_equals_alone():
 
 
 def test_classifier_pads_with_the_models_token_not_the_tokenizers():
-    # The model pools at the last token that is not its own pad token; the tokenizer's pad token is an ordinary one to it.
+    # The model pools at the last token that is not its own pad token; the tokenizer's is an ordinary token to it.
     model, tokenizer = gpt2(num_labels=1, pad=0, tokenizer={"pad_token": "so"})
     assert tokenizer.pad_token_id != 0
     np.testing.assert_allclose(score(classifier(model, tokenizer)), rows_alone(model, tokenizer, 0)[:, 0], atol=1e-5)

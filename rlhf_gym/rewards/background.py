@@ -19,10 +19,12 @@ def run_coroutine(coroutine: Coroutine[Any, Any, Any]) -> Any:
     and would close the loop after each call, and with it the HTTP session that an async reward keeps between calls.
     """
     global _loop, _thread
+    if threading.current_thread() is _thread:
+        coroutine.close()
+        raise RuntimeError("an async reward was scored inside an async reward, which would wait for itself; await it")
     with _lock:
-        if (
-            _loop is None or _thread is None or not _thread.is_alive()
-        ):  # first use, or a forked child, which has no threads
+        # First use, or a forked child: it has the objects but not the thread.
+        if _loop is None or _thread is None or not _thread.is_alive():
             _loop = asyncio.new_event_loop()
             _thread = threading.Thread(target=_loop.run_forever, name="rlhf_gym-rewards", daemon=True)
             _thread.start()

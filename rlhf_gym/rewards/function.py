@@ -104,8 +104,8 @@ class FunctionReward(Reward):
                 kind = self.form.parameters[parameter]
                 raise RewardError(
                     f"reward function {self.name!r}: its parameter {parameter!r} would receive the {kind}, but the "
-                    f"prompts have a column of that name; rename it to {kind!r}, or take f(completions, {parameter}) to "
-                    "score a batch with the column",
+                    f"prompts have a column of that name; rename it to {kind!r}, or take f(completions, {parameter}) "
+                    "to score a batch with the column",
                     function=self.name,
                 )
         calls = [{p: texts[kind][row] for p, kind in self.form.parameters.items()} for row in range(len(inputs))]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import re
 from collections.abc import Callable
 
@@ -113,6 +114,7 @@ def polarity(text: str) -> float:
     return total / count if count else 0.0
 
 
+@functools.lru_cache(maxsize=1 << 16)
 def _sign(word: str) -> int:
     """+1, -1 or 0; the longest matching entry decides."""
     for stem in [word, *(word[:end] + "*" for end in range(len(word), 2, -1))]:

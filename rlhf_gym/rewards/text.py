@@ -94,7 +94,7 @@ def length(target: float | None = None, *, unit: str = "tokens") -> BatchReward:
     """Length of the response, or minus its distance from a target.
 
     Args:
-        target: None scores the length n itself. A number scores -\\|n - target\\|, best 0.
+        target: None scores the length n itself. A number scores -abs(n - target), best 0.
         unit: "tokens" (of the policy, EOS included), "words" or "characters".
 
     Raises:
@@ -113,7 +113,7 @@ def length(target: float | None = None, *, unit: str = "tokens") -> BatchReward:
             len(ids) if unit == "tokens" else len(words_of(text)) if unit == "words" else len(text)
             for text, ids in zip(completions, completion_ids, strict=True)
         ]
-        return [float(n) if target is None else -abs(n - target) for n in lengths]
+        return [float(n) if target is None else 0.0 - abs(n - target) for n in lengths]
 
     score.__name__ = "length"
     return score
