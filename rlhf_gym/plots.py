@@ -19,7 +19,7 @@ STYLES = (
 )
 PANELS = (
     ("objective/scores", "mean score of a response"),
-    ("objective/kl", "mean KL to the reference, nats per response"),
+    ("objective/kl", "mean KL to the reference (nats)"),
 )
 
 
@@ -31,6 +31,7 @@ def curves(runs: Mapping[str, Mapping[str, Sequence[float]]], panels: Sequence[t
         panels: Name of a metric and what its axis says; a metric that no run has is left out.
     """
     from matplotlib.figure import Figure  # not pyplot: no global state, no display
+    from matplotlib.ticker import EngFormatter
 
     panels = [panel for panel in panels if any(panel[0] in columns for columns in runs.values())] or list(panels[:1])
     figure = Figure(figsize=(4.6 * len(panels), 3.4), layout="constrained")
@@ -42,7 +43,7 @@ def curves(runs: Mapping[str, Mapping[str, Sequence[float]]], panels: Sequence[t
                 axes.plot(x, columns[metric], label=name, markevery=max(1, len(x) // 8), markersize=4, **style)
         axes.set(xlabel="training tokens", ylabel=label)
         axes.grid(alpha=0.3)
-        axes.ticklabel_format(axis="x", style="sci", scilimits=(0, 4), useMathText=True)
+        axes.xaxis.set_major_formatter(EngFormatter(sep=""))  # 20k, not 20000
         if len(runs) > 1:
             axes.legend()
     return figure

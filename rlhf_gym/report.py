@@ -47,7 +47,7 @@ def _plus_minus(evaluation: Evaluation) -> str:
     if evaluation.kl is None:
         return ""
     estimate: Estimate = evaluation.estimate(evaluation.kl)
-    return f"{estimate.mean:.2f}" + ("" if estimate.standard_error is None else f" ± {estimate.standard_error:.2f}")
+    return f"{estimate.mean:.2f}".replace("-0.00", "0.00") + ("" if estimate.standard_error is None else f" ± {estimate.standard_error:.2f}")
 
 
 def model_card(*, options: Mapping[str, Any], base_model: str, before: Evaluation, after: Evaluation) -> str:

@@ -37,7 +37,9 @@ def run(options: Generate) -> int:
         token_filter=token_filter,
         reference_engine=reference,
     )
-    for i, (text, ids, mask) in enumerate(zip(texts, responses.response_ids, responses.response_mask, strict=True)):
-        completion = lm.tokenizer.decode(ids[mask].tolist(), skip_special_tokens=True)
-        print(("\n" if i else "") + text + completion)
+    for i, (text, prompt) in enumerate(zip(texts, prompts, strict=True)):
+        response = responses.response_ids[i][responses.response_mask[i]].tolist()
+        # Decoded together: many tokenizers drop the space before the first word of what they decode.
+        whole, head = (lm.tokenizer.decode(ids, skip_special_tokens=True) for ids in (prompt.tolist() + response, prompt))
+        print(("\n" if i else "") + (text + whole[len(head) :] if whole.startswith(head) else whole))
     return 0

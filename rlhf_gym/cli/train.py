@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import signal
 import sys
+from collections.abc import Mapping
 from typing import Any
 
 from rlhf_gym.atomic import write_json
@@ -37,13 +39,7 @@ def run(options: Train) -> int:
     run_directory.write_samples("before", before.samples)
     stop = train_agent(agent, run_directory, options.total_timesteps, options.checkpoint_every, options.progress_bar)
     if stop.signal is not None:
-        name = "interrupted" if stop.signal == signal.SIGINT else "terminated"
-        print(
-            f"rlhf-gym: {name} at {agent.num_timesteps} tokens; the agent is saved in {run_directory.model}, "
-            "and the same command with --resume goes on",
-            file=sys.stderr,
-        )
-        return 128 + stop.signal
+        return report_stop(stop, agent, run_directory, "; the same command with --resume goes on")
 
     after = evaluate(agent, envs, **held_out)
     run_directory.write_samples("after", after.samples)
@@ -69,7 +65,9 @@ def train_agent(
     with MetricsWriter(run_directory.path, resume_at=resume_at) as writer, stop_on_signal() as stop:
         try:
             callbacks = [writer, run_directory.checkpoint(checkpoint_every), stop]
-            agent.learn(total_timesteps, callback=callbacks, progress_bar=progress_bar)
+            drawn = progress_bar and sys.stderr.isatty()  # a bar in a log file is thousands of lines in one
+            callbacks += [print_update] if progress_bar and not drawn else []
+            agent.learn(total_timesteps, callback=callbacks, progress_bar=drawn)
         except Exception as error:
             # A reward that fails after an hour must not cost the hour.
             if agent.num_timesteps == 0:
@@ -82,3 +80,17 @@ def train_agent(
             raise
         agent.save(run_directory.model)
     return stop
+
+
+def report_stop(stop: StopRequest, agent: Any, run_directory: RunDirectory, advice: str = "") -> int:
+    """Say in one line what a signal has stopped and where the work is; returns the exit code."""
+    name = "interrupted" if stop.signal == signal.SIGINT else "terminated"
+    where = f"the agent is saved in {run_directory.model}"
+    print(f"rlhf-gym: {name} at {agent.num_timesteps} tokens; {where}{advice}", file=sys.stderr)
+    return 128 + (stop.signal or 0)
+
+
+def print_update(agent: Any, metrics: Mapping[str, float]) -> None:
+    """A line for each update, where no progress bar can be drawn; a callback."""
+    score, kl = metrics.get("objective/scores", math.nan), metrics.get("objective/kl", math.nan)
+    print(f"{agent.num_timesteps} tokens, score {score:.3f}, kl {kl:.2f}, {metrics.get('time/fps', math.nan):.0f} tokens/s", flush=True)
