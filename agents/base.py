@@ -24,10 +24,11 @@ from rlhf_gym.kl import AdaptiveKL, FixedKL
 from rlhf_gym.lm import TokenFilter, load_language_model, make_engine, sample_tokens
 from rlhf_gym.lm.load import vocab_size
 
+from .batch import Rollout
 from .logs import Progress, rollout_metrics
 from .policy import Policy
 from .precision import MasterWeights
-from .rollout import Collector, Rollout
+from .rollout import Collector
 
 Callback = Callable[["Agent", dict[str, float]], Any]
 

@@ -12,7 +12,7 @@ import numpy as np
 
 if TYPE_CHECKING:
     from .base import Agent
-    from .rollout import Rollout
+    from .batch import Rollout
 
 
 def rollout_metrics(agent: Agent, rollout: Rollout) -> dict[str, float]:

@@ -16,7 +16,7 @@ from .functional import entropy_from_logits
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-    from .rollout import Batch
+    from .batch import Batch
 
 CRITICS = ("shared", "separate")
 

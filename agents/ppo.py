@@ -24,6 +24,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from .base import Agent, as_floats
+from .batch import Batch, Rollout
 from .functional import (
     advantage_scale,
     aggregate_loss,
@@ -34,7 +35,6 @@ from .functional import (
     policy_loss_clipped,
     value_loss_clipped,
 )
-from .rollout import Batch, Rollout
 
 
 @dataclass(frozen=True)

@@ -335,3 +335,19 @@ def test_whitened_advantage_scale_has_the_scores_spread_as_floor():
     agent.total_timesteps = 1
     agent.update(rollout)
     assert seen["a"][mask].std() < 0.02 and abs(masked_mean(seen["a"], mask)) < 1e-6
+
+
+def test_trains_on_any_vector_env_of_text():
+    """Gymnasium's own SyncVectorEnv knows nothing of us: the agent steps it, and learns."""
+    from worlds import goodness, tokenizer
+
+    sync = gym.make_vec(
+        "rlhf_gym/TextGeneration-v0", num_envs=8, vectorization_mode="sync", model=model(seed=5), tokenizer=tokenizer(), prompts=["the cat"],
+        reward=goodness, max_response_tokens=4,
+    )  # fmt: skip
+    with pytest.raises(ValueError, match="policy is missing"):
+        PPO(sync)
+    seen = []
+    agent = PPO(sync, policy=model(), seed=0, learning_rate=1e-2).learn(600, callback=lambda _, m: seen.append(m["objective/scores"]))
+    assert np.mean(seen[-3:]) > seen[0] + 0.5
+    assert agent.kl_controller is None and agent.tokenizer is None
