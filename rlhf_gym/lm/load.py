@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import difflib
 import os
-import socket
 import threading
-import urllib.parse
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -90,18 +88,25 @@ def load_language_model(
     if isinstance(model, LanguageModel):
         return model
     if isinstance(model, nn.Module):
+        if not hasattr(model, "get_output_embeddings"):
+            raise TypeError(f"model must be a causal language model of transformers, got a {type(model).__name__}")
         name = getattr(model.config, "_name_or_path", "") or type(model).__name__
+        source = _Source(name, Path(name)) if Path(name).is_dir() else None
         if device != "auto":
             model = model.to(device)
         if dtype != "auto":
             model = model.to(_torch_dtype(dtype, model.device))
-        source = Path(name) if Path(name).is_dir() else None
     else:
         name = os.fspath(model)
-        source = _find(name)
+        source = _find("model", name)
         device = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device)
-        model = _load_model(source, name, _torch_dtype(dtype, device)).to(device)
-    tokenizer = _load_tokenizer(tokenizer, source, name)
+        model = _load_model(source, _torch_dtype(dtype, device)).to(device)
+    if tokenizer is None:
+        if source is None:
+            raise ValueError(f"tokenizer must be given with a {name} object that was not loaded from a directory")
+        tokenizer = _load_tokenizer(source)
+    elif isinstance(tokenizer, (str, os.PathLike)):
+        tokenizer = _load_tokenizer(_find("tokenizer", os.fspath(tokenizer)))
     model.eval().requires_grad_(False)
     return _describe(model, tokenizer, name)
 
@@ -141,115 +146,112 @@ def _torch_dtype(dtype: torch.dtype | str, device: torch.device) -> torch.dtype:
     return found
 
 
-def _find(name: str) -> Path | str:
-    """A directory or .gguf file, or the hub id if that is what the name must be."""
+@dataclass(frozen=True)
+class _Source:
+    """Where files are loaded from: a directory, a .gguf file, or an id on the hub."""
+
+    name: str
+    path: Path | None = None
+    local_files_only: bool = False  # an id on the hub that is downloaded already, while the hub is out of reach
+
+    def arguments(self) -> tuple[str, dict[str, Any]]:
+        """What ``from_pretrained`` takes."""
+        safe = {"trust_remote_code": False, "local_files_only": self.local_files_only}
+        if self.path is None:
+            return self.name, safe
+        if self.path.suffix == ".gguf":
+            return str(self.path.parent), safe | {"gguf_file": self.path.name}
+        return str(self.path), safe
+
+
+def _find(argument: str, name: str) -> _Source:
+    """Finds a model or tokenizer; ``argument`` is what the caller called it. Raises ValueError when it is nowhere."""
     if name in PACKAGED_MODELS:
-        return PACKAGED_MODELS[name]
+        return _Source(name, PACKAGED_MODELS[name])
     path = Path(name).expanduser()
-    if path.suffix == ".gguf":
-        if not path.is_file():
-            raise ValueError(f"model={name!r}: there is no such file (working directory {Path.cwd()})")
-        return path
-    if path.is_dir():
-        if not (path / "config.json").is_file():
-            raise ValueError(f"model={name!r}: the directory holds no config.json, so it is no saved model")
-        return path
+    if path.is_dir() or (path.suffix == ".gguf" and path.is_file()):
+        return _Source(name, path)
     if path.is_file():
-        raise ValueError(f"model={name!r} is a file: give the directory that holds it, or a .gguf file")
-    if name.startswith((".", "/", "~")) or name.count("/") > 1 or "\\" in name or not name.strip():
-        raise ValueError(f"model={name!r}: there is no such directory (working directory {Path.cwd()})")
-    _check_hub(name)
-    return name
+        raise ValueError(f"{argument}={name!r} is a file: give the directory that holds it, or a .gguf file")
+    if path.suffix == ".gguf" or name.startswith((".", "/", "~")) or name.count("/") > 1 or "\\" in name:
+        kind = "file" if path.suffix == ".gguf" else "directory"
+        raise ValueError(f"{argument}={name!r}: there is no such {kind} (the working directory is {Path.cwd()})")
 
-
-def _check_hub(name: str) -> None:
-    """Refuses a hub id that is neither downloaded nor in reach: transformers itself would try for most of a minute."""
     import huggingface_hub
 
-    if huggingface_hub.try_to_load_from_cache(name, "config.json"):
-        return
-    if huggingface_hub.constants.HF_HUB_OFFLINE:
-        problem = "it is not in the local cache and HF_HUB_OFFLINE forbids to download it"
-    elif not _reachable(huggingface_hub.constants.ENDPOINT):
-        problem = f"it is not in the local cache and {huggingface_hub.constants.ENDPOINT} cannot be reached"
-    else:
-        return
-    raise ValueError(
-        f"model={name!r} is {_not_packaged(name)} nor a directory here; as an id on the Hugging Face hub, {problem}. "
-        "Give a packaged name, a directory that `save_pretrained` wrote, or download the model where there is a network."
-    )
-
-
-def _not_packaged(name: str) -> str:
+    endpoint = huggingface_hub.constants.ENDPOINT
     close = difflib.get_close_matches(name, PACKAGED_MODELS, n=1)
-    known = f"did you mean {close[0]!r}?" if close else f"those are {', '.join(map(repr, PACKAGED_MODELS))}"
-    return f"neither a packaged model ({known})"
+    known = f"did you mean {close[0]!r}?" if close else f"there is {', '.join(map(repr, PACKAGED_MODELS))}"
+    nowhere = f"{argument}={name!r} is no packaged model ({known}), no directory here, and"
+    try:
+        cached = huggingface_hub.try_to_load_from_cache(name, "config.json") is not None
+    except ValueError as error:
+        raise ValueError(f"{nowhere} no id that the Hugging Face hub could have: {error}") from error
+    # Without this probe transformers tries for most of a minute before it fails.
+    forbidden = huggingface_hub.constants.HF_HUB_OFFLINE
+    out_of_reach = forbidden or not _reachable(endpoint)
+    if out_of_reach and not cached:
+        why = "HF_HUB_OFFLINE forbids to download it" if forbidden else f"{endpoint} cannot be reached"
+        raise ValueError(
+            f"{nowhere} as an id on the Hugging Face hub it is not in the local cache, while {why}. Give a directory "
+            "that `save_pretrained` wrote, or load it once where there is a network."
+        )
+    return _Source(name, None, out_of_reach)
 
 
 def _reachable(url: str) -> bool:
-    """Whether a connection to the host opens within the timeout. In a thread, since looking up a name has none."""
-    parts = urllib.parse.urlsplit(url)
-    opened = threading.Event()
+    """Whether a server answers within the timeout, through a proxy where one is set."""
+    from huggingface_hub.utils import get_session
 
-    def connect():
+    answered = threading.Event()
+
+    def ask():
         try:
-            port = parts.port or (443 if parts.scheme == "https" else 80)
-            socket.create_connection((parts.hostname, port), timeout=_HUB_TIMEOUT_S).close()
-            opened.set()
-        except OSError:
-            failed.set()
+            get_session().head(url, timeout=_HUB_TIMEOUT_S)
+            answered.set()
+        except Exception:  # noqa: BLE001, S110 - whichever way the connection fails
+            pass
+        finally:
+            done.set()
 
-    failed = threading.Event()
-    thread = threading.Thread(target=connect, daemon=True)
-    thread.start()
-    thread.join(_HUB_TIMEOUT_S)
-    return opened.is_set()
+    # In a thread, since looking up a host's name knows no timeout.
+    done = threading.Event()
+    threading.Thread(target=ask, daemon=True).start()
+    done.wait(_HUB_TIMEOUT_S)
+    return answered.is_set()
 
 
-def _load_model(source: Path | str, name: str, dtype: torch.dtype) -> PreTrainedModel:
-    arguments: dict[str, Any] = {"dtype": dtype, "trust_remote_code": False}
-    if isinstance(source, Path) and source.suffix == ".gguf":
-        arguments |= {"gguf_file": source.name}
-        source = source.parent
-    else:
-        arguments |= {"use_safetensors": True}
+def _load_model(source: _Source, dtype: torch.dtype) -> PreTrainedModel:
+    where, arguments = source.arguments()
+    is_gguf = "gguf_file" in arguments
+    if source.path is not None and not is_gguf and not (source.path / "config.json").is_file():
+        raise ValueError(f"model={source.name!r}: {source.path} holds no config.json, so it is no saved model")
     progress_bar = transformers.logging.is_progress_bar_enabled()
-    if Path(source).is_dir():  # only a download takes long enough for one
+    if source.path is not None:  # only a download takes long enough for one
         transformers.logging.disable_progress_bar()
     try:
-        model = AutoModelForCausalLM.from_pretrained(source, **arguments)
+        model = AutoModelForCausalLM.from_pretrained(
+            where, dtype=dtype, **arguments, **({} if is_gguf else {"use_safetensors": True})
+        )
     except Exception as error:
         raise ValueError(
-            f"model={name!r} cannot be loaded as a causal language model from safetensors, without remote code: {error}"
+            f"model={source.name!r} cannot be loaded as a causal language model with safetensors weights and without "
+            f"code of its own: {error}"
         ) from error
     finally:
         if progress_bar:
             transformers.logging.enable_progress_bar()
-    if "gguf_file" in arguments and hasattr(model.config, "quantization_config"):
+    if is_gguf and hasattr(model.config, "quantization_config"):
         del model.config.quantization_config  # the weights are dense now, and save_pretrained refuses while it is there
     return model
 
 
-def _load_tokenizer(tokenizer: Any, source: Path | str | None, name: str) -> Any:
-    if tokenizer is None:
-        if source is None:
-            raise ValueError(
-                f"tokenizer must be given with a model object ({name}) that was not loaded from a directory"
-            )
-        tokenizer = source
-    elif isinstance(tokenizer, (str, os.PathLike)):
-        name = os.fspath(tokenizer)
-        tokenizer = PACKAGED_MODELS.get(name, tokenizer)
-    else:
-        return tokenizer
-    arguments: dict[str, Any] = {"trust_remote_code": False}
-    if str(tokenizer).endswith(".gguf"):
-        arguments["gguf_file"] = Path(tokenizer).name
-        tokenizer = Path(tokenizer).parent
+def _load_tokenizer(source: _Source) -> Any:
+    where, arguments = source.arguments()
     try:
-        return AutoTokenizer.from_pretrained(tokenizer, **arguments)
+        return AutoTokenizer.from_pretrained(where, **arguments)
     except Exception as error:
-        raise ValueError(f"tokenizer: none can be loaded from {name!r}: {error}") from error
+        raise ValueError(f"tokenizer: none can be loaded from {source.name!r}: {error}") from error
 
 
 def _describe(model: PreTrainedModel, tokenizer: Any, name: str) -> LanguageModel:

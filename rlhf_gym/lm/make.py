@@ -64,8 +64,8 @@ def _proved_class(model: PreTrainedModel, max_tokens: int) -> type[Engine]:
         reasons.append(f"{candidate.__name__}: {reason}")
     else:
         raise ValueError(
-            f"{type(model).__name__} cannot be used: padding on the right changes its logits, so it is not a causal "
-            f"language model ({'; '.join(reasons)})"
+            f"{type(model).__name__} cannot be used: a batch with padding on the right does not give the logits of its "
+            f"rows alone, as a causal language model's would ({'; '.join(reasons)})"
         )
     if candidate is Recompute and not (circumstances in verdicts and verdicts[circumstances][0] is Recompute):
         warnings.warn(
@@ -115,6 +115,6 @@ def _objection(candidate: type[Engine], model: PreTrainedModel, max_tokens: int)
 
 
 def _plain_logits(model: PreTrainedModel, ids: torch.Tensor) -> torch.Tensor:
-    """The truth: the model's own forward of one sequence, with no padding, mask or cache. Shape (L,) -> (L, V)."""
+    """The truth: the model's own forward of one sequence, with no padding and no cache. Shape (L,) -> (L, V)."""
     with inference(model):
-        return model(input_ids=ids[None], use_cache=False).logits[0].float()
+        return model(input_ids=ids[None], attention_mask=torch.ones_like(ids[None]), use_cache=False).logits[0].float()
