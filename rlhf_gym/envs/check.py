@@ -106,7 +106,7 @@ def check_vector_env(
         _check_callers_data(player, calls)
         if mode is AutoresetMode.NEXT_STEP:
             _check_ignored_actions(player, calls)
-        if mode is AutoresetMode.DISABLED if reset_mask is None else reset_mask:
+        if reset_mask or (reset_mask is None and mode is AutoresetMode.DISABLED):
             _check_reset_mask(player, calls)
     if not skip_render_check and envs.render_mode is not None:
         _check_render(envs)

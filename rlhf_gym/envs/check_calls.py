@@ -104,7 +104,8 @@ class Player:
             pending, rows = np.zeros(self.envs.num_envs, dtype=bool), np.ones(self.envs.num_envs, dtype=bool)
         else:
             kwargs = {"options": {"reset_mask": mask.copy()}}
-            pending, rows = self.last.ended, mask
+            # In SAME_STEP nothing ever waits for a reset.
+            pending, rows = self.last.ended & (self.mode is not AutoresetMode.SAME_STEP), mask
         options = kwargs.get("options", {})
         source = f"`reset({', '.join(f'{key}={value}' for key, value in kwargs.items())})` (call {self.num_calls})"
 
