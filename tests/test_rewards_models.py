@@ -237,7 +237,7 @@ def test_classifier_errors(tmp_path):
     with pytest.raises(ValueError, match="token id 13, but the model's vocabulary is 11"):
         classifier(small, tokenizer)
     (tmp_path / "empty").mkdir()
-    with pytest.raises(ValueError, match="holds no config.json"):
+    with pytest.raises(ValueError, match="empty' cannot be loaded as a sequence classifier"):
         as_reward(tmp_path / "empty")
     for arguments in ({"output": "logits"}, {"reads": "all"}, {"truncation": "both"}, {"max_tokens": 0}):
         (name,) = arguments

@@ -99,7 +99,7 @@ def test_file_runs_once_until_it_is_changed(folder):
         ("syntax_xyz.py:f", RewardError, "importing .*syntax_xyz.py' failed with SyntaxError"),
         ("./no/such/folder", FileNotFoundError, "no directory './no/such/folder'"),
         ("folder/mine:f", FileNotFoundError, "for a function in a file write 'folder/mine.py:f'"),
-        ("no/such", ValueError, "neither a packaged model .* nor a directory here"),
+        ("no/such", ValueError, "classifier='no/such' .* no directory here, .*hub"),
         (None, TypeError, "must be a function, a name, .* got NoneType"),
         ([len], TypeError, r"got list; for several rewards pass a dict"),
         (dict, TypeError, "got the class dict; pass an instance"),

@@ -177,13 +177,13 @@ def _load(source: str, device: torch.device | str) -> Any:
 
     from rlhf_gym.lm.load import _find
 
-    found = _find(source)
+    place, arguments = _find("classifier", source).arguments()
     device = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device)
     verbosity = logging.get_verbosity()
     logging.set_verbosity_error()  # what it would report of missing weights is an error of ours below
     try:
         model, info = AutoModelForSequenceClassification.from_pretrained(
-            found, dtype=torch.float32, use_safetensors=True, trust_remote_code=False, output_loading_info=True
+            place, dtype=torch.float32, use_safetensors=True, output_loading_info=True, **arguments
         )
     except Exception as error:
         raise ValueError(
@@ -213,8 +213,11 @@ def _load_tokenizer(tokenizer: Any, source: str) -> Any:
         )
     from transformers import AutoTokenizer
 
+    from rlhf_gym.lm.load import _find
+
+    where, arguments = _find("tokenizer", place).arguments()
     try:
-        loaded = AutoTokenizer.from_pretrained(place, trust_remote_code=False)
+        loaded = AutoTokenizer.from_pretrained(where, **arguments)
     except Exception as error:
         raise ValueError(f"classifier: no tokenizer can be loaded from {place!r}: {error}") from error
     if not set(loaded.get_vocab()) - set(loaded.all_special_tokens):
