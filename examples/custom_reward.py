@@ -1,0 +1,20 @@
+"""Your own reward function: a language model that likes to give five stars. `python examples/custom_reward.py`"""
+
+import gymnasium as gym
+
+from rlhf_gym.agents import PPO
+
+
+def five_stars(completions):
+    return [float("five stars" in text) for text in completions]
+
+
+def main(total_timesteps=100_000):
+    envs = gym.make_vec("rlhf_gym:rlhf_gym/TinyReviews-v0", num_envs=64, reward=five_stars, kl_coef=0.02)
+    agent = PPO(envs, seed=0).learn(total_timesteps, progress_bar=True)
+    agent.save("runs/five_stars")
+    return agent
+
+
+if __name__ == "__main__":
+    main()
