@@ -179,8 +179,10 @@ def _load(source: str, device: torch.device | str) -> Any:
 
     place, arguments = _find("classifier", source).arguments()
     device = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device)
-    verbosity = logging.get_verbosity()
+    verbosity, progress_bar = logging.get_verbosity(), logging.is_progress_bar_enabled()
     logging.set_verbosity_error()  # what it would report of missing weights is an error of ours below
+    if Path(place).is_dir():  # only a download takes long enough for one
+        logging.disable_progress_bar()
     try:
         model, info = AutoModelForSequenceClassification.from_pretrained(
             place, dtype=torch.float32, use_safetensors=True, output_loading_info=True, **arguments
@@ -191,6 +193,8 @@ def _load(source: str, device: torch.device | str) -> Any:
         ) from error
     finally:
         logging.set_verbosity(verbosity)
+        if progress_bar:
+            logging.enable_progress_bar()
     if info["missing_keys"]:
         # transformers would fill them with noise and go on with a warning: a language model's directory would become a
         # random reward.
