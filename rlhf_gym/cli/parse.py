@@ -84,14 +84,17 @@ def _check_names(argv: Sequence[str]) -> None:
 
 
 def _first_sentence(box: str) -> str:
-    """What tyro says in the first part of its box of lines."""
-    said: list[str] = []
+    """What tyro says in the first part of its box of lines, below the title."""
+    parts: list[list[str]] = [[]]
     for line in box.splitlines():
-        text = line.strip(" │|")
+        text = line.strip(" │")
         if text.startswith(("╭", "╰")):
             continue
         if text and set(text) <= {"─", "-"}:
-            break
-        said.append(text)
+            parts.append([])
+        elif text:
+            parts[-1].append(text)
+    # The title stands in the box's edge; where the terminal's encoding has no such characters it is a part of its own.
+    said = parts[0] if "╭" in box else parts[1]
     # A check in __post_init__ arrives as "Error parsing Train: ...".
     return re.sub(r"^Error parsing [A-Z]\w*: ", "", " ".join(" ".join(said).split())).rstrip(".")
