@@ -5,7 +5,8 @@ from __future__ import annotations
 import importlib
 from typing import Any
 
-# Name on the command line -> where the class is. Loaded when first used: torch and Stable-Baselines3 take seconds to import.
+# Name on the command line -> where the class is. Loaded when first used: torch and Stable-Baselines3 take seconds to
+# import.
 AGENTS = {
     "ppo": "rlhf_gym.agents.ppo:PPO",
     "trpo": "rlhf_gym.agents.trpo:TRPO",

@@ -37,8 +37,10 @@ class Agent:
     """A policy with an optimiser that learns in a text-generation environment.
 
     Args:
-        envs: A vector environment, ours or any other whose observations hold ``input_ids`` and ``attention_mask`` (then ``policy`` is needed).
-        policy: The causal LM to train: a ``PreTrainedModel`` (trained in place), a name or directory, or None for a copy of the environment's reference.
+        envs: A vector environment, ours or any other whose observations hold ``input_ids`` and ``attention_mask`` (then
+            ``policy`` is needed).
+        policy: The causal LM to train: a ``PreTrainedModel`` (trained in place), a name or directory, or None for a
+            copy of the environment's reference.
         seed: Seed of sampling, minibatches and the environment's prompts.
         **config: Fields of ``config_class``.
 
@@ -62,7 +64,9 @@ class Agent:
             raise ValueError(f"policy must have the environment's vocabulary of {num_actions} tokens, got {num_tokens}")
         cfg = self.config
         dtype = compute_dtype(cfg.dtype, next(model.parameters()).device)
-        self.policy = Policy(model.float(), critic=cfg.critic, token_filter=getattr(base, "token_filter", TokenFilter()))
+        self.policy = Policy(
+            model.float(), critic=cfg.critic, token_filter=getattr(base, "token_filter", TokenFilter())
+        )
         self.optimizer = MasterWeights(self.policy.parameters(), self.make_optimizer, compute_dtype=dtype)
         self.generator = torch.Generator().manual_seed(seed)
         self._predict_generator = torch.Generator().manual_seed(seed)
@@ -70,7 +74,9 @@ class Agent:
         self.kl_controller: FixedKL | AdaptiveKL | None = None
         if hasattr(base, "kl_coef"):
             target = getattr(cfg, "ref_kl_target", None)
-            self.kl_controller = FixedKL(base.kl_coef) if target is None else AdaptiveKL(base.kl_coef, target, cfg.kl_horizon)
+            self.kl_controller = (
+                FixedKL(base.kl_coef) if target is None else AdaptiveKL(base.kl_coef, target, cfg.kl_horizon)
+            )
         self.num_timesteps = self.num_updates = self.total_timesteps = 0
         self._started = False
         self._predict_engines: dict[Any, Any] = {}
@@ -79,7 +85,9 @@ class Agent:
 
     def make_optimizer(self, parameters: list[Tensor]) -> torch.optim.Optimizer:
         """AdamW without weight decay, which would pull the policy towards 0 and not towards the reference."""
-        return torch.optim.AdamW(parameters, lr=self.config.learning_rate, betas=(0.9, 0.999), eps=1e-5, weight_decay=0.0)
+        return torch.optim.AdamW(
+            parameters, lr=self.config.learning_rate, betas=(0.9, 0.999), eps=1e-5, weight_decay=0.0
+        )
 
     def update(self, rollout: Rollout) -> dict[str, float]:
         """Learn from one rollout; returns metrics. The algorithm."""
@@ -92,13 +100,16 @@ class Agent:
 
     # ---- learning
 
-    def learn(self, total_timesteps: int, callback: Callback | Sequence[Callback] | None = None, progress_bar: bool = False) -> Agent:
+    def learn(
+        self, total_timesteps: int, callback: Callback | Sequence[Callback] | None = None, progress_bar: bool = False
+    ) -> Agent:
         """Train until the agent has generated ``total_timesteps`` tokens in all.
 
         A loaded agent goes on from where it was saved, bit for bit as if it had never stopped (on a CPU).
 
         Args:
-            total_timesteps: Tokens, EOS included, >= 1. Schedules end here. Whole rollouts are collected, so it ends a little above.
+            total_timesteps: Tokens, EOS included, >= 1. Schedules end here. Whole rollouts are collected, so it ends a
+                little above.
             callback: Called as ``callback(agent, metrics)`` after each update; returning False ends the training.
             progress_bar: Show a bar with tokens per second, score and KL.
         """
@@ -108,7 +119,8 @@ class Agent:
         callbacks = [callback] if callable(callback) else list(callback or [])
         if not self._started:
             self.envs.reset(seed=self.seed)
-            # That reset drew a prompt for each row; drawing again from the seed keeps the first rollout's prompts the first ones.
+            # That reset drew a prompt for each row; drawing again from the seed keeps the first rollout's prompts the
+            # first ones.
             self._rewind_prompts()
             self._started = True
         with Progress(self.total_timesteps, self.num_timesteps, show=progress_bar) as progress:
@@ -124,7 +136,9 @@ class Agent:
                 if self.kl_controller is not None:
                     sequence_kl = rollout.batch.kl.sum(1).mean().item()
                     self.envs.unwrapped.kl_coef = self.kl_controller.update(sequence_kl, len(rollout.batch))
-                if any([call(self, metrics) is False for call in callbacks]):  # a list: every callback hears of every update
+                if any(
+                    [call(self, metrics) is False for call in callbacks]
+                ):  # a list: every callback hears of every update
                     break
         return self
 
@@ -154,14 +168,19 @@ class Agent:
             deterministic: The likeliest token instead of a sample.
 
         Returns:
-            Tokens of shape () or (N,), int64, numpy or torch like the observation; and None (there is no recurrent state to carry).
+            Tokens of shape () or (N,), int64, numpy or torch like the observation; and None (there is no recurrent
+            state to carry).
         """
-        ids, mask = (torch.as_tensor(observation[key]).to(self.policy.device) for key in ("input_ids", "attention_mask"))
+        ids, mask = (
+            torch.as_tensor(observation[key]).to(self.policy.device) for key in ("input_ids", "attention_mask")
+        )
         single = ids.dim() == 1
         ids, lengths = (ids[None], mask[None].sum(1)) if single else (ids, mask.sum(1))
         policy_filter = self.policy.token_filter
         logits = self._cached_engine(self.policy.model, ids).next_logits(ids.long(), lengths.long())
-        reference = self._cached_engine(self.envs.unwrapped.language_model.model, ids) if policy_filter.uses_reference else None
+        reference = (
+            self._cached_engine(self.envs.unwrapped.language_model.model, ids) if policy_filter.uses_reference else None
+        )
         allowed = policy_filter.mask(logits if reference is None else reference.next_logits(ids.long(), lengths.long()))
         logprobs = policy_filter.logprobs(logits, allowed)
         if deterministic:
@@ -190,10 +209,18 @@ class Agent:
                 self.policy.critic.save_pretrained(folder / "critic")
             if self.tokenizer is not None:
                 self.tokenizer.save_pretrained(folder)
-            save_file({k: v.contiguous() for k, v in self.policy.value_head.state_dict().items()}, folder / "value_head.safetensors")
+            save_file(
+                {k: v.contiguous() for k, v in self.policy.value_head.state_dict().items()},
+                folder / "value_head.safetensors",
+            )
             tensors, scalars = self.optimizer.state_dict()
-            generators = {"generator": self.generator.get_state(), "predict_generator": self._predict_generator.get_state()}
-            save_file({k: v.contiguous() for k, v in tensors.items()} | generators, folder / "trainer_state.safetensors")
+            generators = {
+                "generator": self.generator.get_state(),
+                "predict_generator": self._predict_generator.get_state(),
+            }
+            save_file(
+                {k: v.contiguous() for k, v in tensors.items()} | generators, folder / "trainer_state.safetensors"
+            )
             base = self.envs.unwrapped
             state = {
                 "agent": type(self).__name__,
@@ -222,7 +249,9 @@ class Agent:
             raise ValueError(f"{directory} holds a {state['agent']}, not a {cls.__name__}; load it with that class")
         agent = cls(env, policy=str(folder), seed=state["seed"], **state["config"])
         if agent.policy.critic is not None:
-            critic = load_language_model(str(folder / "critic"), agent.tokenizer, device=agent.policy.device, dtype="float32").model
+            critic = load_language_model(
+                str(folder / "critic"), agent.tokenizer, device=agent.policy.device, dtype="float32"
+            ).model
             agent.policy.critic.load_state_dict(critic.state_dict())
         agent.policy.value_head.load_state_dict(load_file(folder / "value_head.safetensors"))
         tensors = load_file(folder / "trainer_state.safetensors")
@@ -246,7 +275,10 @@ def _make_config(config_class: type, values: dict[str, Any]) -> Any:
             import difflib
 
             near = difflib.get_close_matches(name, known, n=1)
-            raise TypeError(f"{config_class.__name__} has no field {name!r}" + (f"; did you mean {near[0]!r}?" if near else f"; fields: {', '.join(known)}"))
+            raise TypeError(
+                f"{config_class.__name__} has no field {name!r}"
+                + (f"; did you mean {near[0]!r}?" if near else f"; fields: {', '.join(known)}")
+            )
     return config_class(**values)
 
 
@@ -256,7 +288,10 @@ def _policy_model(base: Any, policy: Any) -> tuple[Any, Any]:
     tokenizer = getattr(base, "tokenizer", None)
     if policy is None:
         if reference is None:
-            raise ValueError("policy is missing: this environment has no reference to copy; pass policy=, a causal LM or the name of one")
+            raise ValueError(
+                "policy is missing: this environment has no reference to copy; pass policy=, a causal LM or the "
+                "name of one"
+            )
         return copy.deepcopy(reference.model), tokenizer
     if isinstance(policy, (str, Path)):
         loaded = load_language_model(str(policy), device=getattr(base, "device", "auto"), dtype="float32")
@@ -268,7 +303,8 @@ def _policy_model(base: Any, policy: Any) -> tuple[Any, Any]:
 
 
 def compute_dtype(name: str, device: torch.device) -> torch.dtype:
-    """Precision of the forward passes: "float32", "bfloat16", or "auto" (bfloat16 on a CUDA device that has it, else float32)."""
+    """Precision of the forward passes: "float32", "bfloat16", or "auto" (bfloat16 on a CUDA device that has it, else
+    float32)."""
     if name == "auto":
         return torch.bfloat16 if device.type == "cuda" and torch.cuda.is_bf16_supported() else torch.float32
     if name not in ("float32", "bfloat16"):
@@ -278,4 +314,6 @@ def compute_dtype(name: str, device: torch.device) -> torch.dtype:
 
 def as_floats(metrics: dict[str, Any]) -> dict[str, float]:
     """Tensors and numpy numbers as plain floats."""
-    return {key: float(value.item() if isinstance(value, (Tensor, np.generic)) else value) for key, value in metrics.items()}
+    return {
+        key: float(value.item() if isinstance(value, (Tensor, np.generic)) else value) for key, value in metrics.items()
+    }

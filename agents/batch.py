@@ -52,7 +52,9 @@ class Batch:
             if tensor is None:
                 continue
             tensor = tensor[index]
-            cut[item.name] = tensor[:, :width] if item.name == "ids" else tensor[:, :num_tokens] if tensor.dim() > 1 else tensor
+            cut[item.name] = (
+                tensor[:, :width] if item.name == "ids" else tensor[:, :num_tokens] if tensor.dim() > 1 else tensor
+            )
         return Batch(**cut)
 
 

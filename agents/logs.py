@@ -1,6 +1,7 @@
 """What agents tell while they learn: the progress bar and the metrics that every algorithm has.
 
-Two families of names go out together: Stable-Baselines3's (``rollout/``, ``time/``, ``train/``) and TRL's (``objective/``), so that either's plots work.
+Two families of names go out together: Stable-Baselines3's (``rollout/``, ``time/``, ``train/``) and TRL's
+    (``objective/``), so that either's plots work.
 """
 
 from __future__ import annotations
@@ -18,8 +19,9 @@ if TYPE_CHECKING:
 def rollout_metrics(agent: Agent, rollout: Rollout) -> dict[str, float]:
     """Metrics of a rollout.
 
-    ``rollout/ep_rew_mean`` is the mean of the summed rewards (score minus KL penalty), ``objective/scores`` that of the scores alone, ``objective/kl`` the mean KL of whole
-    responses in nats, ``objective/non_score_reward`` what the KL penalty took, ``objective/entropy`` minus the mean log-prob of whole responses.
+    ``rollout/ep_rew_mean`` is the mean of the summed rewards (score minus KL penalty), ``objective/scores`` that of the
+    scores alone, ``objective/kl`` the mean KL of whole responses in nats, ``objective/non_score_reward`` what the KL
+    penalty took, ``objective/entropy`` minus the mean log-prob of whole responses.
     """
     batch = rollout.batch
     lengths = batch.response_mask.sum(1).float()
@@ -58,7 +60,9 @@ class Progress:
     def __init__(self, total: int, done: int, show: bool):
         from tqdm.auto import tqdm
 
-        self._bar = tqdm(total=total, initial=done, unit="tok", unit_scale=True, disable=not show, dynamic_ncols=True, smoothing=0.1)
+        self._bar = tqdm(
+            total=total, initial=done, unit="tok", unit_scale=True, disable=not show, dynamic_ncols=True, smoothing=0.1
+        )
         self._start, self._tokens = time.perf_counter(), 0
         self._marks = [self._start] * 2
 
@@ -82,10 +86,13 @@ class Progress:
         self._marks[1] = time.perf_counter()
 
     def end_update(self, rollout: Rollout) -> dict[str, float]:
-        """Close one round; returns ``time/`` metrics (seconds; ``time/fps`` is tokens per second since ``learn`` began)."""
+        """Close one round; returns ``time/`` metrics (seconds; ``time/fps`` is tokens per second since ``learn``
+        began)."""
         now = time.perf_counter()
         batch = rollout.batch
-        self._bar.set_postfix(score=f"{batch.scores.mean().item():.3f}", kl=f"{batch.kl.sum(1).mean().item():.2f}", refresh=False)
+        self._bar.set_postfix(
+            score=f"{batch.scores.mean().item():.3f}", kl=f"{batch.kl.sum(1).mean().item():.2f}", refresh=False
+        )
         return {
             "time/fps": self._tokens / max(now - self._start, 1e-9),
             "time/time_elapsed": now - self._start,

@@ -24,11 +24,12 @@ CRITICS = ("shared", "separate")
 class Policy(nn.Module):
     """A language model that chooses tokens, and a value head that says what the state is worth.
 
-    The value head reads what the LM head reads: the hidden state of the last token *before* the action, so V never sees the action. It starts
-    at 0.
+    The value head reads what the LM head reads: the hidden state of the last token *before* the action, so V never sees
+    the action. It starts at 0.
 
     Args:
-        model: The causal LM to train, taken as it is. Dropout is off always: with it the ratio of new to old would not be 1 to begin with.
+        model: The causal LM to train, taken as it is. Dropout is off always: with it the ratio of new to old would not
+            be 1 to begin with.
         critic: "shared" (the head on the LM's trunk) or "separate" (a trunk of its own, a copy).
         token_filter: Temperature and masks of the process.
     """
@@ -41,7 +42,11 @@ class Policy(nn.Module):
         self.critic = copy.deepcopy(model) if critic == "separate" else None
         self.token_filter = token_filter or TokenFilter()
         head = model.get_output_embeddings()
-        width = model.config.get_text_config().hidden_size if head is None or not hasattr(head, "in_features") else head.in_features
+        width = (
+            model.config.get_text_config().hidden_size
+            if head is None or not hasattr(head, "in_features")
+            else head.in_features
+        )
         self.value_head = nn.Linear(width, 1, device=self.device)
         nn.init.zeros_(self.value_head.weight)
         nn.init.zeros_(self.value_head.bias)
@@ -59,7 +64,9 @@ class Policy(nn.Module):
     def value(self, hidden: Tensor) -> Tensor:
         """Values of states given the LM head's input. (..., d) -> (...), float32."""
         # In float32 whatever the trunk computes in: a value rounded to 8 bits would drown the advantages.
-        return nn.functional.linear(hidden.float(), self.value_head.weight.float(), self.value_head.bias.float())[..., 0]
+        return nn.functional.linear(hidden.float(), self.value_head.weight.float(), self.value_head.bias.float())[
+            ..., 0
+        ]
 
     def forward(self, batch: Batch, *, with_entropy_gradient: bool = False) -> tuple[Tensor, Tensor, Tensor]:
         """Log-probs of the response tokens, values of the states they were chosen in, and entropies there.
@@ -86,7 +93,10 @@ class Policy(nn.Module):
         if self.critic is not None:
             hidden = forward_at(self.critic, batch.ids, row[None], columns, use_cache=False)[1]
         values = self.value(hidden[0])
-        return tuple(torch.zeros(batch.response_ids.shape, device=x.device).index_put((row, step), x) for x in (logprobs, values, entropy))
+        return tuple(
+            torch.zeros(batch.response_ids.shape, device=x.device).index_put((row, step), x)
+            for x in (logprobs, values, entropy)
+        )
 
     def _allowed(self, batch: Batch, logits: Tensor, row: Tensor, step: Tensor) -> Tensor | None:
         if self.token_filter.uses_reference:

@@ -3,17 +3,21 @@
     1. Sample a batch of responses with the engine; log pi and V come out of the same pass.
     2. The environment scores them: r_t = -kl_coef * (log pi - log pi_ref), plus the score on the last token.
     3. Advantages by GAE over the tokens of each response, scaled by max(own std, std of the scores).
-    4. num_epochs passes over minibatches of responses with the clipped surrogate (Schulman et al. 2017, eq. 7) and a squared-error critic.
+    4. num_epochs passes over minibatches of responses with the clipped surrogate (Schulman et al. 2017, eq. 7) and a
+    squared-error critic.
 
-Objective: it maximises E[score] - kl_coef * KL(pi || pi_ref) over whole responses, without bias: the KL stands in the reward, so a token's advantage counts
-the KL of all that it leads to (KL placed in the loss does not).
+Objective: it maximises E[score] - kl_coef * KL(pi || pi_ref) over whole responses, without bias: the KL stands in the
+reward, so a token's advantage counts the KL of all that it leads to (KL placed in the loss does not).
 
-How it differs from Ziegler et al. 2019 and TRL's ``PPOTrainer``: the advantage scale has the scores' spread as its floor (with its own spread alone, the noise left near
-the optimum would be blown up to the size of the signal); the learning rate falls linearly to 0 over ``total_timesteps`` (a constant one ends in a limit cycle); every
-token counts the same in the loss; no reward whitening; one prompt-conditioned value per token, zero at the start.
+How it differs from Ziegler et al. 2019 and TRL's ``PPOTrainer``: the advantage scale has the scores' spread as its
+floor (with its own spread alone, the noise left near the optimum would be blown up to the size of the signal); the
+learning rate falls linearly to 0 over ``total_timesteps`` (a constant one ends in a limit cycle); every token counts
+the same in the loss; no reward whitening; one prompt-conditioned value per token, zero at the start.
 
-Metrics beside those of every agent: ``train/approx_kl`` (old to new policy, nats per token, k3), ``train/clip_fraction``, ``train/ratio``, ``train/policy_gradient_loss``,
-``train/value_loss``, ``train/entropy_loss`` (minus the mean entropy per token), ``train/explained_variance``, ``train/grad_norm``, ``train/learning_rate``, ``train/n_updates`` (optimiser steps).
+Metrics beside those of every agent: ``train/approx_kl`` (old to new policy, nats per token, k3),
+``train/clip_fraction``, ``train/ratio``, ``train/policy_gradient_loss``, ``train/value_loss``, ``train/entropy_loss``
+(minus the mean entropy per token), ``train/explained_variance``, ``train/grad_norm``, ``train/learning_rate``,
+``train/n_updates`` (optimiser steps).
 """
 
 from __future__ import annotations
@@ -55,8 +59,10 @@ class PPOConfig:
         vf_coef: Weight of the value loss.
         ent_coef: Weight of an entropy bonus (beyond what the KL gives); 0 keeps the objective as stated.
         max_grad_norm: Gradients are scaled down to this norm.
-        target_kl: The update ends early once old and new policy differ by 1.5 times this, in nats per token; None never.
-        ref_kl_target: Mean KL to the reference that an adaptive controller steers kl_coef towards, nats per response; None keeps kl_coef fixed.
+        target_kl: The update ends early once old and new policy differ by 1.5 times this, in nats per token; None
+            never.
+        ref_kl_target: Mean KL to the reference that an adaptive controller steers kl_coef towards, nats per response;
+            None keeps kl_coef fixed.
         kl_horizon: Slowness of that controller, in episodes.
         critic: "shared" (value head on the policy's trunk) or "separate" (a trunk of its own).
         dtype: "auto", "float32" or "bfloat16" (with float32 master weights).
@@ -165,7 +171,8 @@ class PPO(Agent):
     def _training_logprobs(self, batch: Batch) -> tuple[Batch, float]:
         """The old log-probs that the ratio is taken to, and how far sampling's were from them (mean, nats per token).
 
-        In float32 those of the sampling pass are the forward's to 1e-5 and are kept. In bfloat16 the two passes round differently, the ratio would not begin
+        In float32 those of the sampling pass are the forward's to 1e-5 and are kept. In bfloat16 the two passes round
+        differently, the ratio would not begin
         at 1, and clipping would act on rounding errors: the training forward's own are taken.
         """
         if self.policy.model.dtype == torch.float32:
@@ -179,7 +186,9 @@ class PPO(Agent):
         mismatch = masked_mean((logprobs - batch.logprobs).abs(), batch.response_mask).item()
         return replace(batch, logprobs=logprobs, values=values), mismatch
 
-    def _accumulate_gradients(self, batch: Batch, advantages: torch.Tensor, returns: torch.Tensor, rows: torch.Tensor) -> dict[str, float]:
+    def _accumulate_gradients(
+        self, batch: Batch, advantages: torch.Tensor, returns: torch.Tensor, rows: torch.Tensor
+    ) -> dict[str, float]:
         """Gradients of one minibatch's loss, micro-batch by micro-batch; returns its parts."""
         cfg = self.config
         # One normaliser for the whole minibatch: a mean of micro-batch means would weigh the tokens of short ones more.
@@ -189,8 +198,12 @@ class PPO(Agent):
             part = batch.rows(part_rows)
             width, mask = part.response_ids.shape[1], part.response_mask
             logprobs, values, entropy = self.policy(part, with_entropy_gradient=cfg.ent_coef != 0)
-            policy_loss, stats = policy_loss_clipped(logprobs, part.logprobs, advantages[part_rows, :width], mask, clip_range=cfg.clip_range)
-            value_loss, value_stats = value_loss_clipped(values, part.values, returns[part_rows, :width], mask, clip_range_vf=cfg.clip_range_vf)
+            policy_loss, stats = policy_loss_clipped(
+                logprobs, part.logprobs, advantages[part_rows, :width], mask, clip_range=cfg.clip_range
+            )
+            value_loss, value_stats = value_loss_clipped(
+                values, part.values, returns[part_rows, :width], mask, clip_range_vf=cfg.clip_range_vf
+            )
             parts = {
                 "policy_loss": aggregate_loss(policy_loss, mask, normaliser=normaliser),
                 "value_loss": aggregate_loss(value_loss, mask, normaliser=normaliser),

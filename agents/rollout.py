@@ -1,8 +1,9 @@
 """Rollouts: batches of whole episodes, collected from any vector environment of text.
 
-Our own environment is gone through by whole responses (generate, then ``evaluate_responses``): one reference forward and one reward call for
-the batch. Any other Gymnasium ``VectorEnv`` with the same spaces, and ours behind wrappers, is stepped (``stepping.py``). Both ways draw the same tokens
-from the same numbers and give the same :class:`Rollout`; the agent cannot tell them apart.
+Our own environment is gone through by whole responses (generate, then ``evaluate_responses``): one reference forward
+and one reward call for the batch. Any other Gymnasium ``VectorEnv`` with the same spaces, and ours behind wrappers, is
+stepped (``stepping.py``). Both ways draw the same tokens from the same numbers and give the same :class:`Rollout`; the
+agent cannot tell them apart.
 """
 
 from __future__ import annotations
@@ -34,7 +35,9 @@ class Collector:
     def __init__(self, envs: VectorEnv, policy: Policy, generator: torch.Generator, num_rounds: int = 1):
         space = envs.single_observation_space
         self.envs, self.policy, self.generator, self.num_rounds = envs, policy, generator, num_rounds
-        self.by_whole_responses = hasattr(envs, "evaluate_responses")  # a wrapper has no such method, and may change rewards
+        self.by_whole_responses = hasattr(
+            envs, "evaluate_responses"
+        )  # a wrapper has no such method, and may change rewards
         self.width = space["input_ids"].shape[0]
         self.max_response_tokens = getattr(envs.unwrapped, "max_response_tokens", self.width)
         self._engine = self._reference_engine = None
@@ -47,7 +50,9 @@ class Collector:
         with torch.no_grad():
             # Drawn before anything is generated: episode b's tokens depend on its own numbers and on no other episode.
             num_episodes = self.envs.num_envs * self.num_rounds
-            uniforms = torch.rand(num_episodes, self.max_response_tokens, generator=self.generator).to(self.policy.device)
+            uniforms = torch.rand(num_episodes, self.max_response_tokens, generator=self.generator).to(
+                self.policy.device
+            )
             if self.by_whole_responses:
                 rollout = self._whole_responses(uniforms, progress)
             else:
@@ -79,8 +84,12 @@ class Collector:
             value_fn=policy.value,
             progress=progress,
         )
-        result = envs.evaluate_responses(prompts, responses.response_ids, responses.response_mask, responses.logprobs, index)
-        ids, _, prompt_lengths = join_responses(prompts, responses.response_ids, responses.response_mask, pad_token_id=envs.pad_token_id)
+        result = envs.evaluate_responses(
+            prompts, responses.response_ids, responses.response_mask, responses.logprobs, index
+        )
+        ids, _, prompt_lengths = join_responses(
+            prompts, responses.response_ids, responses.response_mask, pad_token_id=envs.pad_token_id
+        )
         batch = Batch(
             ids=ids,
             prompt_lengths=prompt_lengths,
@@ -95,6 +104,8 @@ class Collector:
         )
         if policy.token_filter.uses_reference:
             lengths = prompt_lengths + batch.response_mask.sum(1)
-            logits, _ = response_logits(envs.language_model.model, ids, lengths, prompt_lengths - 1, self.max_response_tokens)
+            logits, _ = response_logits(
+                envs.language_model.model, ids, lengths, prompt_lengths - 1, self.max_response_tokens
+            )
             batch = replace(batch, allowed=policy.token_filter.mask(logits, keep=batch.response_ids))
         return Rollout(batch, texts, result.completions, result.terms)

@@ -21,14 +21,16 @@ def collect_by_stepping(
 ) -> Rollout:
     """The first ``num_rounds`` episodes of every row after a reset, in any autoreset mode.
 
-    Episode b is the (b // N)-th of row b % N. Rows that have finished theirs go on with the others, unrecorded: a batch can only be stepped as a whole.
+    Episode b is the (b // N)-th of row b % N. Rows that have finished theirs go on with the others, unrecorded: a batch
+    can only be stepped as a whole.
 
     Args:
-        envs: N rows whose observations hold ``input_ids`` and ``attention_mask``. Where its base has ``announce_logprobs`` (or ``action_masks`` and the policy's filter
-            needs them) they are used.
+        envs: N rows whose observations hold ``input_ids`` and ``attention_mask``. Where its base has
+            ``announce_logprobs`` (or ``action_masks`` and the policy's filter needs them) they are used.
         policy: Chooses the tokens.
         engine: A cache of the policy's model with N rows.
-        uniforms: One number per token. Shape (N * num_rounds, R); an episode longer than R is an error of the environment.
+        uniforms: One number per token. Shape (N * num_rounds, R); an episode longer than R is an error of the
+            environment.
         progress: Told of every n new tokens.
     """
     base, device = envs.unwrapped, policy.device
@@ -59,18 +61,31 @@ def collect_by_stepping(
 
         if announces:
             base.announce_logprobs(logprobs)
-        observation, rewards, terminated, truncated, info = envs.step(tokens if isinstance(observation["input_ids"], Tensor) else tokens.cpu().numpy())
+        observation, rewards, terminated, truncated, info = envs.step(
+            tokens if isinstance(observation["input_ids"], Tensor) else tokens.cpu().numpy()
+        )
         ended = _numpy(terminated) | _numpy(truncated)
         kl = torch.zeros_like(logprobs)
         if "ref_logprob" in info:
             kl = logprobs - torch.as_tensor(info["ref_logprob"]).to(logprobs)
-        step = {"response_ids": tokens, "logprobs": logprobs, "values": values, "rewards": torch.as_tensor(rewards).to(values), "kl": kl}
+        step = {
+            "response_ids": tokens,
+            "logprobs": logprobs,
+            "values": values,
+            "rewards": torch.as_tensor(rewards).to(values),
+            "kl": kl,
+        }
         if policy.token_filter.uses_reference:
             step["allowed"] = allowed
         episodes.add(episode, recording, step)
         over = ended[recording]
         ended_by_eos = [int(tokens[row]) in getattr(base, "eos_token_ids", ()) for row in recording[over]]
-        episodes.end(episode[over], recording[over], ended_by_eos, info["final_info"] if mode is AutoresetMode.SAME_STEP and over.any() else info)
+        episodes.end(
+            episode[over],
+            recording[over],
+            ended_by_eos,
+            info["final_info"] if mode is AutoresetMode.SAME_STEP and over.any() else info,
+        )
         finished[recording[over]] += 1
         if progress is not None:
             progress(len(recording))
@@ -85,7 +100,9 @@ class _Episodes:
 
     def __init__(self, uniforms: Tensor):
         self.uniforms, (count, width), device = uniforms, uniforms.shape, uniforms.device
-        self.tables = {name: torch.zeros(count, width, device=device) for name in ("logprobs", "values", "rewards", "kl")}
+        self.tables = {
+            name: torch.zeros(count, width, device=device) for name in ("logprobs", "values", "rewards", "kl")
+        }
         self.tables["response_ids"] = torch.zeros(count, width, dtype=torch.long, device=device)
         self.lengths = np.zeros(count, dtype=int)
         self.prompts: list[Any] = [None] * count
@@ -103,7 +120,10 @@ class _Episodes:
     def next_uniforms(self, episode: np.ndarray) -> Tensor:
         """The number that draws each episode's next token."""
         if len(episode) and self.lengths[episode].max() >= self.uniforms.shape[1]:
-            raise ValueError(f"the environment goes on after {self.uniforms.shape[1]} response tokens, more than its observation has room for")
+            raise ValueError(
+                f"the environment goes on after {self.uniforms.shape[1]} response tokens, more than its observation "
+                "has room for"
+            )
         return self.uniforms[episode, self.lengths[episode]]
 
     def add(self, episode: np.ndarray, rows: np.ndarray, step: dict[str, Tensor]) -> None:
@@ -124,13 +144,27 @@ class _Episodes:
                 texts[b] = str(info[key][row]) if key in info else ""
             for key in info:
                 if key.startswith("score/"):
-                    self.terms.setdefault(key.removeprefix("score/"), torch.full_like(self.scores, torch.nan))[b] = float(info[key][row])
+                    self.terms.setdefault(key.removeprefix("score/"), torch.full_like(self.scores, torch.nan))[b] = (
+                        float(info[key][row])
+                    )
 
     def rollout(self, pad_token_id: int) -> Rollout:
         """All episodes together."""
-        mask = torch.arange(self.uniforms.shape[1], device=self.uniforms.device) < torch.from_numpy(self.lengths).to(self.uniforms.device)[:, None]
-        ids, _, prompt_lengths = join_responses(self.prompts, self.tables["response_ids"], mask, pad_token_id=pad_token_id)
-        batch = Batch(ids=ids, prompt_lengths=prompt_lengths, response_mask=mask, scores=self.scores, ended_by_eos=self.ended_by_eos, **self.tables)
+        mask = (
+            torch.arange(self.uniforms.shape[1], device=self.uniforms.device)
+            < torch.from_numpy(self.lengths).to(self.uniforms.device)[:, None]
+        )
+        ids, _, prompt_lengths = join_responses(
+            self.prompts, self.tables["response_ids"], mask, pad_token_id=pad_token_id
+        )
+        batch = Batch(
+            ids=ids,
+            prompt_lengths=prompt_lengths,
+            response_mask=mask,
+            scores=self.scores,
+            ended_by_eos=self.ended_by_eos,
+            **self.tables,
+        )
         return Rollout(batch, self.texts["prompt"], self.texts["response"], self.terms)
 
 

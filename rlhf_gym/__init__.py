@@ -1,6 +1,7 @@
 """rlhf_gym: text generation as a Gymnasium environment, with agents, rewards and exact answers.
 
-Importing this package registers the environment ids and imports neither torch nor transformers; everything else is loaded when first used.
+Importing this package registers the environment ids and imports neither torch nor transformers; everything else is
+loaded when first used.
 """
 
 from __future__ import annotations

@@ -36,15 +36,21 @@ def write_json(path: str | Path, value: Any) -> None:
 def replaced_directory(directory: str | Path) -> Iterator[Path]:
     """A temporary directory that takes the place of ``directory`` when the block ends without an error.
 
-    Everything is on disk, with the SHA-256 of every file in ``checksums.json``, before the name points to it. If the process dies between the two renames
-    the previous directory stands beside it as ``.NAME.previous``, and `verified_files` finds it there.
+    Everything is on disk, with the SHA-256 of every file in ``checksums.json``, before the name points to it. If the
+    process dies between the two renames the previous directory stands beside it as ``.NAME.previous``, and
+    `verified_files` finds it there.
 
     Raises:
-        FileExistsError: If ``directory`` is a file, or holds files that no earlier call has written (they would be lost).
+        FileExistsError: If ``directory`` is a file, or holds files that no earlier call has written (they would be
+            lost).
     """
     directory = Path(directory)
-    if directory.is_file() or (directory.is_dir() and any(directory.iterdir()) and not (directory / CHECKSUMS).exists()):
-        raise FileExistsError(f"{directory} exists and was not written by an agent; choose another name, nothing was overwritten")
+    if directory.is_file() or (
+        directory.is_dir() and any(directory.iterdir()) and not (directory / CHECKSUMS).exists()
+    ):
+        raise FileExistsError(
+            f"{directory} exists and was not written by an agent; choose another name, nothing was overwritten"
+        )
     directory.parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(dir=directory.parent, prefix=f".{directory.name}.new-"))
     try:
@@ -87,7 +93,9 @@ def verified_files(directory: str | Path, needed: str) -> Path:
         for name, expected in json.loads((directory / CHECKSUMS).read_text()).items():
             path = directory / name
             if not path.is_file() or _sha256(path) != expected:
-                raise ValueError(f"{path} is missing or was changed after it was saved (its SHA-256 differs); restore it from a copy")
+                raise ValueError(
+                    f"{path} is missing or was changed after it was saved (its SHA-256 differs); restore it from a copy"
+                )
     return directory
 
 
@@ -97,7 +105,11 @@ def _previous(directory: Path) -> Path:
 
 def _sha256(path: Path) -> str:
     with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest() if hasattr(hashlib, "file_digest") else hashlib.sha256(file.read()).hexdigest()
+        return (
+            hashlib.file_digest(file, "sha256").hexdigest()
+            if hasattr(hashlib, "file_digest")
+            else hashlib.sha256(file.read()).hexdigest()
+        )
 
 
 def _sync(path: Path) -> None:

@@ -37,7 +37,13 @@ def test_check_vector_env(mode, output):
 def test_ids_make_both_kinds():
     assert isinstance(make_env().unwrapped, rlhf_gym.TextGenerationEnv)
     assert isinstance(make_envs(), rlhf_gym.TextGenerationVectorEnv)
-    env = gym.make("rlhf_gym:rlhf_gym/TextGeneration-v0", model=model(context=64), tokenizer=tokenizer(), prompts=["the"], reward=goodness)
+    env = gym.make(
+        "rlhf_gym:rlhf_gym/TextGeneration-v0",
+        model=model(context=64),
+        tokenizer=tokenizer(),
+        prompts=["the"],
+        reward=goodness,
+    )
     assert env.reset(seed=0)[0]["input_ids"].shape == (33,)  # one prompt token and the default of 32
 
 
@@ -54,13 +60,22 @@ def test_observation_is_a_model_call():
 
 def test_autoreset_mode_is_the_instances_own():
     same, nxt = make_envs(1, autoreset_mode="same_step"), make_envs(1)
-    assert (same.metadata["autoreset_mode"], nxt.metadata["autoreset_mode"]) == (AutoresetMode.SAME_STEP, AutoresetMode.NEXT_STEP)
+    assert (same.metadata["autoreset_mode"], nxt.metadata["autoreset_mode"]) == (
+        AutoresetMode.SAME_STEP,
+        AutoresetMode.NEXT_STEP,
+    )
 
 
 def test_sync_vector_env_of_scalars_agrees():
     """Gymnasium's own vectorisation of the scalar environment gives the native one's stream."""
     lm = model()
-    kwargs = {"model": lm, "tokenizer": tokenizer(), "prompts": ["the cat", "a"], "reward": goodness, "max_response_tokens": 3}
+    kwargs = {
+        "model": lm,
+        "tokenizer": tokenizer(),
+        "prompts": ["the cat", "a"],
+        "reward": goodness,
+        "max_response_tokens": 3,
+    }
     sync = gym.make_vec("rlhf_gym/TextGeneration-v0", num_envs=2, vectorization_mode="sync", **kwargs)
     native = gym.make_vec("rlhf_gym/TextGeneration-v0", num_envs=2, **kwargs)
     left, right = sync.reset(seed=7), native.reset(seed=7)
@@ -95,7 +110,9 @@ def test_render_modes(render_mode, capsys):
 def test_live_models_are_not_copied_by_the_spec():
     lm = model()
     env = make_env(model=lm)
-    assert env.spec.kwargs["model"].model is lm  # Wrapper.spec deep-copies: without the holder this would be another model
+    assert (
+        env.spec.kwargs["model"].model is lm
+    )  # Wrapper.spec deep-copies: without the holder this would be another model
 
 
 # ---- refusals
@@ -114,7 +131,10 @@ def assert_unchanged(before, env):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"prompts": ["the " * 9], "max_prompt_tokens": 4}, r"prompts\[0\] has 9 tokens, more than max_prompt_tokens=4"),
+        (
+            {"prompts": ["the " * 9], "max_prompt_tokens": 4},
+            r"prompts\[0\] has 9 tokens, more than max_prompt_tokens=4",
+        ),
         ({"prompts": []}, "at least one prompt"),
         ({"prompts": [{"text": "the"}]}, r"prompts\[0\] must be a string or a dict"),
         ({"prompts": "no-such.jsonl"}, "there is no file 'no-such.jsonl'"),
@@ -142,6 +162,25 @@ def test_bad_arguments_are_refused_at_construction(changes, message):
         make_envs(2, **changes)
 
 
+def test_without_a_reference():
+    """A tokenizer alone makes a process too; what needs the reference is refused."""
+
+    def make(**changes):
+        arguments = {"tokenizer": tokenizer(), "prompts": ["the"], "reward": goodness} | changes
+        return gym.make_vec("rlhf_gym/TextGeneration-v0", num_envs=2, **arguments)
+
+    envs = make()
+    envs.reset(seed=0)
+    _, rewards, _, _, info = envs.step(np.array([4, EOS]))
+    assert "ref_logprob" not in info and rewards.tolist() == [0.0, 0.0]
+    with pytest.raises(ValueError, match="reads the reference, and there is none"):
+        make(reward="reference_logprob")
+    with pytest.raises(ValueError, match="kl_coef=0.1 needs a reference"):
+        make(kl_coef=0.1)
+    with pytest.raises(ValueError, match="top_k and top_p are taken on the reference"):
+        make(top_k=3)
+
+
 def test_tokenizer_of_another_model():
     small = model()
     big = tokenizer().__class__(tokenizer_object=_big_tokenizer(), eos_token="<eos>", pad_token="<pad>")
@@ -152,14 +191,18 @@ def test_tokenizer_of_another_model():
 def _big_tokenizer():
     from tokenizers import Tokenizer, models, pre_tokenizers
 
-    raw = Tokenizer(models.WordLevel({"<pad>": 0, "<eos>": 1, "<unk>": 2} | {f"w{i}": 3 + i for i in range(50)}, unk_token="<unk>"))
+    raw = Tokenizer(
+        models.WordLevel({"<pad>": 0, "<eos>": 1, "<unk>": 2} | {f"w{i}": 3 + i for i in range(50)}, unk_token="<unk>")
+    )
     raw.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     return raw
 
 
 def test_empty_prompt_needs_a_bos():
     assert make_env(prompts=[""]).reset()[0]["input_ids"][0] == 1  # BOS stands for the empty prompt
-    without = tokenizer().__class__(tokenizer_object=tokenizer().backend_tokenizer, eos_token="<eos>", pad_token="<pad>")
+    without = tokenizer().__class__(
+        tokenizer_object=tokenizer().backend_tokenizer, eos_token="<eos>", pad_token="<pad>"
+    )
     lm = model()
     lm.config.bos_token_id = lm.generation_config.bos_token_id = None
     with pytest.raises(ValueError, match="empty and the tokenizer has no BOS"):
@@ -168,7 +211,14 @@ def test_empty_prompt_needs_a_bos():
 
 def test_prompts_from_jsonl_with_columns(tmp_path):
     path = tmp_path / "prompts.jsonl"
-    path.write_text("\ufeff" + json.dumps({"prompt": "the cat", "answer": "good"}) + "\r\n\n" + json.dumps({"prompt": "a", "answer": "bad"}) + "\n", encoding="utf-8")
+    path.write_text(
+        "\ufeff"
+        + json.dumps({"prompt": "the cat", "answer": "good"})
+        + "\r\n\n"
+        + json.dumps({"prompt": "a", "answer": "bad"})
+        + "\n",
+        encoding="utf-8",
+    )
     seen = []
 
     def reward(completions, answer):
@@ -343,7 +393,11 @@ def test_evaluate_responses_refuses(change, message):
 
 
 def test_columns_need_the_prompt_index():
-    envs = make_envs(1, prompts=[{"prompt": "the", "answer": "x"}], reward=lambda completions, answer: [float(a == "x") for a in answer])
+    envs = make_envs(
+        1,
+        prompts=[{"prompt": "the", "answer": "x"}],
+        reward=lambda completions, answer: [float(a == "x") for a in answer],
+    )
     arguments = ([tokenizer()("the")["input_ids"]], np.array([[EOS]]), np.array([[True]]))
     assert envs.unwrapped.evaluate_responses(*arguments, prompt_index=[0]).scores.tolist() == [1.0]
     with pytest.raises(ValueError, match="prompt_index"):

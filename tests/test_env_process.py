@@ -13,7 +13,8 @@ LENGTH = 6
 
 
 def play(envs, actions, logprobs=None):
-    """Step the rows through (N, R) actions once; returns rewards, ref log-probs, and each row's end info. Rows that end early are left alone (disabled mode)."""
+    """Step the rows through (N, R) actions once; returns rewards, ref log-probs, and each row's end info. Rows that end
+    early are left alone (disabled mode)."""
     n, steps = actions.shape
     rewards, refs, ends = np.zeros((n, steps)), np.zeros((n, steps)), [None] * n
     process = envs.unwrapped.process
@@ -52,7 +53,8 @@ def test_reference_logprobs_are_the_models_own(kind):
 
 
 def test_rewards_by_hand():
-    """Score of "good good bad" is 1; two of three tokens carry only the penalty, the last one both; EOS is a token that counts."""
+    """Score of "good good bad" is 1; two of three tokens carry only the penalty, the last one both; EOS is a token that
+    counts."""
     lm = model()
     env = make_env(model=lm, kl_coef=0.1)
     env.reset(seed=0, options={"prompts": "the cat"})
@@ -66,7 +68,12 @@ def test_rewards_by_hand():
         rewards.append(reward)
     assert terminated and not truncated
     np.testing.assert_allclose(rewards, [0, 0, 0, 1] - 0.1 * expected_kl, atol=1e-5)
-    assert info["score"] == 1.0 and info["stop_reason"] == "eos" and info["response"] == "good good bad" and info["prompt"] == "the cat"
+    assert (
+        info["score"] == 1.0
+        and info["stop_reason"] == "eos"
+        and info["response"] == "good good bad"
+        and info["prompt"] == "the cat"
+    )
     assert info["kl"] == pytest.approx(expected_kl.sum(), abs=1e-5)
 
 
@@ -140,10 +147,20 @@ def test_whole_responses_equal_stepping(rows, seed, kind, kl_coef, estimator, te
         ids[i, : len(row)], mask[i, : len(row)] = row, True
     rng = np.random.default_rng(seed)
     all_logprobs = torch.log_softmax(torch.from_numpy(rng.normal(size=(4, LENGTH, V))).float(), -1).numpy()
-    logprobs = all_logprobs if estimator == "exact" else np.take_along_axis(all_logprobs, np.where(mask, ids, 0)[..., None], -1)[..., 0]
+    logprobs = (
+        all_logprobs
+        if estimator == "exact"
+        else np.take_along_axis(all_logprobs, np.where(mask, ids, 0)[..., None], -1)[..., 0]
+    )
     prompts = [p.ids for p in envs.unwrapped.process.row_prompts]
 
-    whole = envs.unwrapped.evaluate_responses(prompts, ids, mask, np.where(mask if estimator != "exact" else mask[..., None], logprobs, np.nan), info["prompt_index"])
+    whole = envs.unwrapped.evaluate_responses(
+        prompts,
+        ids,
+        mask,
+        np.where(mask if estimator != "exact" else mask[..., None], logprobs, np.nan),
+        info["prompt_index"],
+    )
     stepped, refs, ends = play(envs, np.where(mask, ids, 0), logprobs)
     np.testing.assert_allclose(whole.rewards, stepped, atol=1e-5)
     np.testing.assert_allclose(whole.ref_logprobs, refs, atol=1e-5)
@@ -155,7 +172,8 @@ def test_whole_responses_equal_stepping(rows, seed, kind, kl_coef, estimator, te
 
 @pytest.mark.parametrize("mode", ["next_step", "same_step", "disabled"])
 def test_batch_equals_scalar_envs(mode):
-    """Row i of a batch seeded s is a single environment seeded s + i, over several episodes, in every autoreset mode."""
+    """Row i of a batch seeded s is a single environment seeded s + i, over several episodes, in every autoreset
+    mode."""
     n, lm = 3, model()
     envs = make_envs(n, model=lm, kl_coef=0.2, autoreset_mode=mode)
     singles = [make_env(model=lm, kl_coef=0.2) for _ in range(n)]
@@ -203,7 +221,9 @@ def test_ignored_action_of_next_step_reset():
         envs.reset(seed=0)
         envs.step(np.array([EOS, 5]))
         obs, rewards, terminated, _, _ = envs.step(np.array([junk, 6]))
-        streams.append((obs["input_ids"].tolist(), rewards.tolist(), envs.step(np.array([7, 7]))[0]["input_ids"].tolist()))
+        streams.append(
+            (obs["input_ids"].tolist(), rewards.tolist(), envs.step(np.array([7, 7]))[0]["input_ids"].tolist())
+        )
         assert rewards[0] == 0 and not terminated[0]
     assert streams[0] == streams[1]
 
@@ -237,7 +257,15 @@ def test_clone_and_restore_give_the_same_stream(kind):
         for a in actions:
             envs.unwrapped.announce_logprobs(np.full(3, -0.5))
             obs, rewards, terminated, _, info = envs.step(a)
-            seen.append((obs["input_ids"].tolist(), rewards.tolist(), terminated.tolist(), info["ref_logprob"].tolist(), info["prompt_index"].tolist()))
+            seen.append(
+                (
+                    obs["input_ids"].tolist(),
+                    rewards.tolist(),
+                    terminated.tolist(),
+                    info["ref_logprob"].tolist(),
+                    info["prompt_index"].tolist(),
+                )
+            )
         return seen
 
     stream(rng.integers(0, V, size=(4, 3)))
@@ -250,7 +278,8 @@ def test_clone_and_restore_give_the_same_stream(kind):
 
 
 def test_prompt_order_depends_on_the_seed_alone():
-    """Two policies of very different lengths see the same prompts in each row; all prompts come before any comes again."""
+    """Two policies of very different lengths see the same prompts in each row; all prompts come before any comes
+    again."""
     orders = []
     for token in (EOS, 4):
         envs = make_envs(2)
@@ -283,14 +312,20 @@ def test_prompt_order_survives_json():
 
 
 def test_top_k_masks_and_renormalises():
-    """top_k=2 of the reference: two actions are allowed, both distributions live on them, and the KL of a policy equal to the reference is 0."""
+    """top_k=2 of the reference: two actions are allowed, both distributions live on them, and the KL of a policy equal
+    to the reference is 0."""
     lm = model()
     envs = make_envs(2, model=lm, top_k=2, kl_coef=0.5)
     obs, info = envs.reset(seed=0)
     with torch.no_grad():
-        logits = lm(input_ids=torch.from_numpy(obs["input_ids"])).logits[torch.arange(2), torch.from_numpy(obs["attention_mask"].sum(1)).long() - 1]
+        logits = lm(input_ids=torch.from_numpy(obs["input_ids"])).logits[
+            torch.arange(2), torch.from_numpy(obs["attention_mask"].sum(1)).long() - 1
+        ]
     top = logits.topk(2)
-    assert info["action_mask"].dtype == np.int8 and (np.flatnonzero(info["action_mask"][0]) == np.sort(top.indices[0].numpy())).all()
+    assert (
+        info["action_mask"].dtype == np.int8
+        and (np.flatnonzero(info["action_mask"][0]) == np.sort(top.indices[0].numpy())).all()
+    )
     renormalised = torch.log_softmax(top.values, -1)
     best = top.indices[:, 0].numpy()
     envs.unwrapped.announce_logprobs(renormalised[:, 0])
@@ -324,7 +359,9 @@ def test_torch_output_matches_numpy():
         for key, value in b[-1].items():
             assert isinstance(value, torch.Tensor) and key not in ("prompt", "response")
             if key == "stop_reason":
-                assert value.dtype == torch.int8 and value.tolist() == [{None: 0, "eos": 1, "length": 2}[s] for s in a[-1][key]]
+                assert value.dtype == torch.int8 and value.tolist() == [
+                    {None: 0, "eos": 1, "length": 2}[s] for s in a[-1][key]
+                ]
             else:
                 np.testing.assert_array_equal(a[-1][key], value.numpy())
 

@@ -1,4 +1,5 @@
-"""PPO: rollout = forward, the first step is REINFORCE's, resuming, and learning on a toy (CORRECTNESS 1-3, 5, 20, 26, 29)."""
+"""PPO: rollout = forward, the first step is REINFORCE's, resuming, and learning on a toy (CORRECTNESS 1-3, 5, 20, 26,
+29)."""
 
 from __future__ import annotations
 
@@ -33,9 +34,14 @@ def weights(module):
 
 
 @pytest.mark.parametrize("kind", ["gpt2", "llama", "lstm"])
-@pytest.mark.parametrize("changes", [{}, {"temperature": 0.7}, {"top_k": 5}, {"allowed_tokens": [2, 4, 5, 6, 7]}], ids=["plain", "temperature", "top_k", "allowed"])
+@pytest.mark.parametrize(
+    "changes",
+    [{}, {"temperature": 0.7}, {"top_k": 5}, {"allowed_tokens": [2, 4, 5, 6, 7]}],
+    ids=["plain", "temperature", "top_k", "allowed"],
+)
 def test_rollout_equals_forward(kind, changes):
-    """Log-probs and values kept from sampling are those of a teacher-forced forward; with policy == reference every KL is 0 and rewards are scores."""
+    """Log-probs and values kept from sampling are those of a teacher-forced forward; with policy == reference every KL
+    is 0 and rewards are scores."""
     lm = model(kind)
     agent = PPO(envs(model=lm, **changes), seed=1)
     agent.policy.value_head.weight.data.normal_(generator=torch.Generator().manual_seed(0))
@@ -51,11 +57,14 @@ def test_rollout_equals_forward(kind, changes):
             n, p = int(batch.response_mask[row].sum()), int(batch.prompt_lengths[row])
             with torch.no_grad():
                 plain = torch.log_softmax(lm(batch.ids[row : row + 1, : p + n]).logits[0, p - 1 : -1], -1)
-            torch.testing.assert_close(batch.logprobs[row, :n], plain.gather(1, batch.response_ids[row, :n, None])[:, 0], atol=1e-5, rtol=0)
+            torch.testing.assert_close(
+                batch.logprobs[row, :n], plain.gather(1, batch.response_ids[row, :n, None])[:, 0], atol=1e-5, rtol=0
+            )
 
 
 def test_value_is_read_before_the_token():
-    """A value head that outputs the position (an embedding that counts): V of response token t is that of position prompt_length - 1 + t."""
+    """A value head that outputs the position (an embedding that counts): V of response token t is that of position
+    prompt_length - 1 + t."""
     agent = PPO(envs(kind="gpt2"), seed=0)
     lm = agent.policy.model
     with torch.no_grad():
@@ -68,7 +77,9 @@ def test_value_is_read_before_the_token():
         agent.policy.value_head.weight.zero_()
         agent.policy.value_head.weight[0, 0] = 1.0
     batch = collected(agent)
-    expected = torch.where(batch.response_mask, batch.prompt_lengths[:, None] - 1.0 + torch.arange(batch.response_ids.shape[1]), 0.0)
+    expected = torch.where(
+        batch.response_mask, batch.prompt_lengths[:, None] - 1.0 + torch.arange(batch.response_ids.shape[1]), 0.0
+    )
     torch.testing.assert_close(batch.values, expected)
     torch.testing.assert_close(agent.policy(batch)[1], expected)
 
@@ -86,8 +97,12 @@ def test_stepping_and_whole_responses_are_the_same_to_the_agent():
             for agent in (whole, stepping):
                 agent.envs.reset(seed=3)
             a, b = whole.collector.collect(), stepping.collector.collect()
-            assert torch.equal(a.batch.response_ids * a.batch.response_mask, b.batch.response_ids * b.batch.response_mask)
-            assert torch.equal(a.batch.response_mask, b.batch.response_mask) and torch.equal(a.batch.ended_by_eos, b.batch.ended_by_eos)
+            assert torch.equal(
+                a.batch.response_ids * a.batch.response_mask, b.batch.response_ids * b.batch.response_mask
+            )
+            assert torch.equal(a.batch.response_mask, b.batch.response_mask) and torch.equal(
+                a.batch.ended_by_eos, b.batch.ended_by_eos
+            )
             for name in ("logprobs", "rewards", "scores", "kl"):
                 torch.testing.assert_close(getattr(a.batch, name), getattr(b.batch, name), atol=1e-5, rtol=0, msg=name)
             assert a.completions == b.completions and a.prompts == b.prompts
@@ -160,7 +175,10 @@ def test_learning_rate_zero_changes_nothing_and_reference_never_moves():
     assert len(metrics) >= 8
     for name, tensor in weights(agent.policy).items():
         assert torch.equal(tensor, before[name])
-    assert all(abs(m["objective/kl"]) < 1e-4 and m["train/clip_fraction"] == 0 and abs(m["train/approx_kl"]) < 1e-9 for m in metrics)
+    assert all(
+        abs(m["objective/kl"]) < 1e-4 and m["train/clip_fraction"] == 0 and abs(m["train/approx_kl"]) < 1e-9
+        for m in metrics
+    )
     PPO(envs(model=lm), seed=0, learning_rate=0.01).learn(200)
     for name, tensor in lm.state_dict().items():
         assert torch.equal(tensor, reference_before[name])
@@ -170,7 +188,9 @@ def test_same_seed_same_bytes_other_seed_other_bytes():
     def run(seed):
         agent = PPO(envs(), seed=seed, learning_rate=1e-2)
         history = []
-        agent.learn(300, callback=lambda _, m: history.append({k: v for k, v in m.items() if not k.startswith("time/")}))
+        agent.learn(
+            300, callback=lambda _, m: history.append({k: v for k, v in m.items() if not k.startswith("time/")})
+        )
         return history, weights(agent.policy)
 
     (history, first), (history_again, again), (_, other) = run(0), run(0), run(1)
@@ -221,7 +241,9 @@ def test_saved_agent_is_a_from_pretrained_directory(tmp_path):
         agent.save(tmp_path / kind)  # over its own earlier save
         loaded = PPO.load(tmp_path / kind, env=envs(kind=kind))
         obs, _ = loaded.envs.reset(seed=0)
-        np.testing.assert_array_equal(loaded.predict(obs, deterministic=True)[0], agent.predict(obs, deterministic=True)[0])
+        np.testing.assert_array_equal(
+            loaded.predict(obs, deterministic=True)[0], agent.predict(obs, deterministic=True)[0]
+        )
 
 
 def test_damaged_or_foreign_directories_are_refused(tmp_path):
@@ -256,7 +278,8 @@ def test_a_failed_save_leaves_the_old_one(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("top_k", [None, 3])
 def test_predict(top_k):
-    """Greedy actions are the argmax of the plain model; samples follow its distribution; numpy in, numpy out, one row or many."""
+    """Greedy actions are the argmax of the plain model; samples follow its distribution; numpy in, numpy out, one row
+    or many."""
     lm = model()
     agent = PPO(envs(2, model=lm, top_k=top_k), seed=0)
     obs, _ = agent.envs.reset(seed=0)
@@ -266,7 +289,10 @@ def test_predict(top_k):
     actions, state = agent.predict(obs, deterministic=True)
     assert state is None and isinstance(actions, np.ndarray) and actions[0] == logits.argmax()
     one = {k: v[0] for k, v in obs.items()}
-    assert agent.predict(one, deterministic=True)[0].shape == () and agent.predict(one, deterministic=True)[0] == actions[0]
+    assert (
+        agent.predict(one, deterministic=True)[0].shape == ()
+        and agent.predict(one, deterministic=True)[0] == actions[0]
+    )
     many = {k: np.repeat(v[:1], 4000, axis=0) for k, v in obs.items()}
     if top_k is not None:
         logits = torch.where(logits >= logits.topk(top_k).values[-1], logits, -torch.inf)
@@ -280,8 +306,14 @@ def test_learns_and_keeps_near_the_reference():
 
     def run(kl_coef):
         seen = []
-        PPO(envs(32, kl_coef=kl_coef), seed=0, learning_rate=5e-3, num_epochs=2).learn(3500, callback=lambda _, m: seen.append(m))
-        return seen[0]["objective/scores"], np.mean([m["objective/scores"] for m in seen[-5:]]), np.mean([m["objective/kl"] for m in seen[-5:]])
+        PPO(envs(32, kl_coef=kl_coef), seed=0, learning_rate=5e-3, num_epochs=2).learn(
+            3500, callback=lambda _, m: seen.append(m)
+        )
+        return (
+            seen[0]["objective/scores"],
+            np.mean([m["objective/scores"] for m in seen[-5:]]),
+            np.mean([m["objective/kl"] for m in seen[-5:]]),
+        )
 
     start, free_score, free_kl = run(0.05)
     _, bound_score, bound_kl = run(1.0)
@@ -314,7 +346,15 @@ def test_callbacks_and_metric_names():
 
     def second(agent, metrics):
         calls["b"] += 1
-        names = {"rollout/ep_rew_mean", "time/fps", "train/approx_kl", "objective/kl", "objective/scores", "objective/scores/goodness", "policy/approxkl_avg"}
+        names = {
+            "rollout/ep_rew_mean",
+            "time/fps",
+            "train/approx_kl",
+            "objective/kl",
+            "objective/scores",
+            "objective/scores/goodness",
+            "policy/approxkl_avg",
+        }
         assert names <= set(metrics) and all(isinstance(v, float | int) for v in metrics.values())
 
     PPO(envs(), seed=0).learn(10_000, callback=[first, second])
@@ -325,13 +365,20 @@ def test_whitened_advantage_scale_has_the_scores_spread_as_floor():
     """With a perfect critic the advantages are tiny noise; they must not be blown up to size 1."""
     agent, seen = PPO(envs(), seed=0, learning_rate=0.0), {}
     original = agent._accumulate_gradients
-    agent._accumulate_gradients = lambda batch, advantages, returns, rows: seen.setdefault("a", advantages) is None or original(batch, advantages, returns, rows)
+    agent._accumulate_gradients = lambda batch, advantages, returns, rows: (
+        seen.setdefault("a", advantages) is None or original(batch, advantages, returns, rows)
+    )
     rollout = agent.collector.collect()
     from dataclasses import replace
 
     mask = rollout.batch.response_mask
     noise = 1e-3 * torch.randn(mask.shape, generator=torch.Generator().manual_seed(0))
-    rollout.batch = replace(rollout.batch, rewards=torch.where(mask, noise, 0.0), values=torch.zeros_like(noise), scores=torch.linspace(0, 1, len(mask)))
+    rollout.batch = replace(
+        rollout.batch,
+        rewards=torch.where(mask, noise, 0.0),
+        values=torch.zeros_like(noise),
+        scores=torch.linspace(0, 1, len(mask)),
+    )
     agent.total_timesteps = 1
     agent.update(rollout)
     assert seen["a"][mask].std() < 0.02 and abs(masked_mean(seen["a"], mask)) < 1e-6
@@ -348,6 +395,8 @@ def test_trains_on_any_vector_env_of_text():
     with pytest.raises(ValueError, match="policy is missing"):
         PPO(sync)
     seen = []
-    agent = PPO(sync, policy=model(), seed=0, learning_rate=1e-2).learn(600, callback=lambda _, m: seen.append(m["objective/scores"]))
+    agent = PPO(sync, policy=model(), seed=0, learning_rate=1e-2).learn(
+        600, callback=lambda _, m: seen.append(m["objective/scores"])
+    )
     assert np.mean(seen[-3:]) > seen[0] + 0.5
     assert agent.kl_controller is None and agent.tokenizer is None

@@ -24,7 +24,9 @@ def tokenizer() -> PreTrainedTokenizerFast:
     """Words split at spaces; no BOS is added, as with GPT-2."""
     raw = Tokenizer(models.WordLevel(VOCABULARY, unk_token="<unk>"))
     raw.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    return PreTrainedTokenizerFast(tokenizer_object=raw, pad_token="<pad>", bos_token="<bos>", eos_token="<eos>", unk_token="<unk>")
+    return PreTrainedTokenizerFast(
+        tokenizer_object=raw, pad_token="<pad>", bos_token="<bos>", eos_token="<eos>", unk_token="<unk>"
+    )
 
 
 def model(kind: str = "gpt2", seed: int = 0, *, std: float = 0.5, context: int = 32, **changes: Any) -> torch.nn.Module:
@@ -32,7 +34,9 @@ def model(kind: str = "gpt2", seed: int = 0, *, std: float = 0.5, context: int =
     torch.manual_seed(seed)
     ids = {"bos_token_id": 1, "eos_token_id": EOS, "pad_token_id": 0}
     if kind == "gpt2":
-        config = GPT2Config(vocab_size=V, n_embd=16, n_layer=2, n_head=2, n_positions=context, initializer_range=std, **ids, **changes)
+        config = GPT2Config(
+            vocab_size=V, n_embd=16, n_layer=2, n_head=2, n_positions=context, initializer_range=std, **ids, **changes
+        )
         return GPT2LMHeadModel(config).eval()
     if kind == "llama":
         config = LlamaConfig(
@@ -41,7 +45,9 @@ def model(kind: str = "gpt2", seed: int = 0, *, std: float = 0.5, context: int =
         )  # fmt: skip
         return LlamaForCausalLM(config).eval()
     assert kind == "lstm", kind
-    return LSTMForCausalLM(LSTMConfig(vocab_size=V, hidden_size=16, num_hidden_layers=1, initializer_range=std, **ids)).eval()
+    return LSTMForCausalLM(
+        LSTMConfig(vocab_size=V, hidden_size=16, num_hidden_layers=1, initializer_range=std, **ids)
+    ).eval()
 
 
 def goodness(completions: list[str]) -> list[float]:
@@ -60,7 +66,13 @@ def make_env(kind: str = "gpt2", **changes: Any) -> gym.Env:
 
 
 def _arguments(kind: str, changes: dict[str, Any]) -> dict[str, Any]:
-    arguments = {"model": None, "tokenizer": tokenizer(), "prompts": list(PROMPTS), "reward": goodness, "max_response_tokens": 6} | changes
+    arguments = {
+        "model": None,
+        "tokenizer": tokenizer(),
+        "prompts": list(PROMPTS),
+        "reward": goodness,
+        "max_response_tokens": 6,
+    } | changes
     if arguments["model"] is None:
         arguments["model"] = model(kind)
     return arguments

@@ -1,8 +1,9 @@
 """The process itself: text generation as a batched Markov decision process, one implementation for every way in.
 
-State: the tokens of each row (prompt and response so far). Action: the next token. Transition: append it. End: an EOS token or
-``max_response_tokens``. Reward: the score of the finished response minus ``kl_coef`` times the KL term of each token. The scalar and
-the vector environment, stepping and whole episodes (``episodes.py``) all stand on :class:`TextGenerationProcess`.
+State: the tokens of each row (prompt and response so far). Action: the next token. Transition: append it. End: an EOS
+token or ``max_response_tokens``. Reward: the score of the finished response minus ``kl_coef`` times the KL term of each
+token. The scalar and the vector environment, stepping and whole episodes (``episodes.py``) all stand on
+:class:`TextGenerationProcess`.
 """
 
 from __future__ import annotations
@@ -56,18 +57,22 @@ class TextGenerationProcess:
 
     Args:
         num_rows: N >= 1.
-        model: The reference: packaged name, directory, hub id, ``.gguf`` file, ``PreTrainedModel`` or ``LanguageModel``. None gives a process
-            without a reference; it then needs a ``tokenizer`` and ``kl_coef=0``.
+        model: The reference: packaged name, directory, hub id, ``.gguf`` file, ``PreTrainedModel`` or
+            ``LanguageModel``. None gives a process without a reference; it then needs a ``tokenizer`` and
+            ``kl_coef=0``.
         tokenizer: The model's tokenizer where ``model`` does not bring one.
         prompts: See :func:`rlhf_gym.envs.prompts.read_prompts`.
         reward: See :func:`rlhf_gym.rewards.as_reward`.
         kl_coef: Weight of the KL penalty per nat, >= 0. Above 0 the agent announces its log-probs before each step.
-        kl_term: "both" subtracts ``kl_coef * KL(pi || pi_ref)``. "reference" adds ``kl_coef * log pi_ref`` and leaves the entropy to the agent: the same
-            objective only for agents that add ``kl_coef * entropy`` themselves (soft Q-learning). For anyone else it is a different one: with a
-            constant score and pi_ref = (.6, .4) the first is best at pi_ref itself (penalty 0), the second at always choosing the first token.
-        kl_estimator: "k1" (log pi - log pi_ref) or "k3" (ratio - 1 - log ratio, never negative). An announcement of all V log-probs uses the exact sum.
+        kl_term: "both" subtracts ``kl_coef * KL(pi || pi_ref)``. "reference" adds ``kl_coef * log pi_ref`` and leaves
+            the entropy to the agent: the same objective only for agents that add ``kl_coef * entropy`` themselves (soft
+            Q-learning). For anyone else it is a different one: with a constant score and pi_ref = (.6, .4) the first is
+            best at pi_ref itself (penalty 0), the second at always choosing the first token.
+        kl_estimator: "k1" (log pi - log pi_ref) or "k3" (ratio - 1 - log ratio, never negative). An announcement of all
+            V log-probs uses the exact sum.
         temperature: Divides the logits of both distributions, > 0.
-        top_k, top_p: Restrict actions to the likeliest tokens *of the reference*; both distributions are renormalised on them.
+        top_k, top_p: Restrict actions to the likeliest tokens *of the reference*; both distributions are renormalised
+            on them.
         allowed_tokens: Token ids that may be chosen at all.
         max_prompt_tokens: Longest prompt in tokens; None takes that of the longest prompt given.
         max_response_tokens: Length limit of the response in tokens, EOS included.
@@ -76,7 +81,8 @@ class TextGenerationProcess:
         device, dtype: Of the reference, see :func:`rlhf_gym.lm.load_language_model`.
 
     Raises:
-        ValueError, TypeError, FileNotFoundError: Naming the argument, the rule and the value; everything that can be known is checked here.
+        ValueError, TypeError, FileNotFoundError: Naming the argument, the rule and the value; everything that can be
+            known is checked here.
     """
 
     def __init__(
@@ -108,19 +114,31 @@ class TextGenerationProcess:
         _check_choice("kl_term", kl_term, KL_TERMS)
         _check_choice("kl_estimator", kl_estimator, KL_ESTIMATORS)
         if reward is None:
-            raise ValueError("reward is missing; pass a function such as `lambda text: float('good' in text)`, a name or a reward model")
+            raise ValueError(
+                "reward is missing; pass a function such as `lambda text: float('good' in text)`, a name or a "
+                "reward model"
+            )
         self.num_rows, self.max_response_tokens = int(num_rows), int(max_response_tokens)
         self.kl_term, self.kl_estimator = kl_term, kl_estimator
         self.token_filter = TokenFilter(
-            temperature=temperature, top_k=top_k, top_p=top_p, allowed_tokens=None if allowed_tokens is None else tuple(allowed_tokens)
+            temperature=temperature,
+            top_k=top_k,
+            top_p=top_p,
+            allowed_tokens=None if allowed_tokens is None else tuple(allowed_tokens),
         )
         self._load_models(model, tokenizer, device, dtype)
         self.kl_coef = kl_coef
         self._check_filter()
         self.reward = as_reward(reward, language_model=self.language_model)
+        if self.reward.needs_language_model:
+            raise ValueError(
+                f"reward {reward!r} reads the reference, and there is none; pass model=, or another reward"
+            )
         self.scorer = Scorer(self.reward, self.tokenizer, missing_eos_penalty)
 
-        self.encoder = PromptEncoder(self.tokenizer, self.vocab_size, self.eos_token_ids, self.bos_token_id, truncate_prompts)
+        self.encoder = PromptEncoder(
+            self.tokenizer, self.vocab_size, self.eos_token_ids, self.bos_token_id, truncate_prompts
+        )
         rows = read_prompts(prompts)
         self.prompts = [self.encoder.encode(row, max_prompt_tokens, f"prompts[{i}]", i) for i, row in enumerate(rows)]
         self.scorer.check_columns(self.prompts, "prompts")
@@ -144,20 +162,31 @@ class TextGenerationProcess:
         self.reward_sums = torch.zeros(n, device=device)  # dense rewards paid so far, before any KL
         self.step_rewards = torch.zeros(n, self.max_response_tokens, device=device)  # for render
         self.row_prompts: list[Prompt | None] = [None] * n
-        self.row_results: list[dict[str, float]] = [{} for _ in range(n)]  # the ledger of the episode that ended, for render
+        self.row_results: list[dict[str, float]] = [
+            {} for _ in range(n)
+        ]  # the ledger of the episode that ended, for render
         self._orders: list[PromptOrder | None] = [None] * n
         self._announced: Tensor | None = None
-        self._engine: Engine | None = None  # built when first needed: agents that go by whole responses never pay for it
+        self._engine: Engine | None = (
+            None  # built when first needed: agents that go by whole responses never pay for it
+        )
 
     def _load_models(self, model: Any, tokenizer: Any, device: Any, dtype: Any) -> None:
         self.language_model: LanguageModel | None = None
         if model is not None:
             lm = self.language_model = load_language_model(model, tokenizer, device=device, dtype=dtype)
             self.tokenizer, self.vocab_size, self.device = lm.tokenizer, lm.vocab_size, lm.device
-            self.eos_token_ids, self.pad_token_id, self.bos_token_id = lm.eos_token_ids, lm.pad_token_id, lm.bos_token_id
+            self.eos_token_ids, self.pad_token_id, self.bos_token_id = (
+                lm.eos_token_ids,
+                lm.pad_token_id,
+                lm.bos_token_id,
+            )
             return
         if tokenizer is None:
-            raise ValueError('model is missing; pass a name such as "tiny-reviews", a directory or a model (or a tokenizer alone, for no reference)')
+            raise ValueError(
+                'model is missing; pass a name such as "tiny-reviews", a directory or a model (or a tokenizer '
+                "alone, for no reference)"
+            )
         self.tokenizer, self.vocab_size = tokenizer, len(tokenizer)
         self.device = torch.device("cpu" if device == "auto" else device)
         if tokenizer.eos_token_id is None:
@@ -170,7 +199,10 @@ class TextGenerationProcess:
             raise ValueError("top_k and top_p are taken on the reference; pass model=, or drop them")
         allowed = self.token_filter.allowed_tokens
         if allowed is not None and not all(0 <= a < self.vocab_size for a in allowed):
-            raise ValueError(f"allowed_tokens must be token ids in [0, {self.vocab_size}), got {sorted(allowed)[:3]} ... {sorted(allowed)[-1]}")
+            raise ValueError(
+                f"allowed_tokens must be token ids in [0, {self.vocab_size}), got {sorted(allowed)[:3]} ... "
+                f"{sorted(allowed)[-1]}"
+            )
 
     # ---- the KL penalty
 
@@ -201,10 +233,13 @@ class TextGenerationProcess:
         announced = torch.as_tensor(logprobs, device=self.device).detach().to(torch.float32, copy=True)
         if tuple(announced.shape) not in {(self.num_rows,), (self.num_rows, self.vocab_size)}:
             raise ValueError(
-                f"logprobs must have shape ({self.num_rows},), or ({self.num_rows}, {self.vocab_size}) for the exact KL, got {tuple(announced.shape)}"
+                f"logprobs must have shape ({self.num_rows},), or ({self.num_rows}, {self.vocab_size}) for the "
+                f"exact KL, got {tuple(announced.shape)}"
             )
         if self.language_model is None:
-            raise ValueError("announce_logprobs needs a reference to compare with; this environment was made without model=")
+            raise ValueError(
+                "announce_logprobs needs a reference to compare with; this environment was made without model="
+            )
         self._announced = announced
 
     def _kl_of_step(self, ref_all: Tensor, ref_logprobs: Tensor, active: Tensor) -> Tensor | None:
@@ -212,7 +247,8 @@ class TextGenerationProcess:
         if self._announced is None:
             if self.needs_announcement and bool(active.any()):
                 raise ValueError(
-                    f"step needs the policy's log-probs because kl_coef={self.kl_coef:g}: call `env.unwrapped.announce_logprobs(logprobs)` before each step "
+                    f"step needs the policy's log-probs because kl_coef={self.kl_coef:g}: call "
+                    "`env.unwrapped.announce_logprobs(logprobs)` before each step "
                     "(Stable-Baselines3: callback=AnnounceLogprobs()), or make the environment with kl_coef=0"
                 )
             return None
@@ -226,11 +262,15 @@ class TextGenerationProcess:
             rule = "log-probs must be finite and <= 0"
         if bool((active & ~ok).any()):
             row = int((active & ~ok).nonzero()[0])
-            raise ValueError(f"announced logprobs, row {row}: {rule}, got {announced[row].tolist() if not exact else announced[row].exp().sum().item()}")
+            raise ValueError(
+                f"announced logprobs, row {row}: {rule}, got "
+                f"{announced[row].tolist() if not exact else announced[row].exp().sum().item()}"
+            )
         kl = exact_kl(announced, ref_all) if exact else estimate_kl(announced, ref_logprobs, self.kl_estimator)
         if bool((active & ~torch.isfinite(kl)).any()):
             raise ValueError(
-                "announced logprobs give probability to tokens that the environment forbids; apply `action_masks()` to the policy and renormalise"
+                "announced logprobs give probability to tokens that the environment forbids; apply `action_masks()` "
+                "to the policy and renormalise"
             )
         return torch.where(active, kl, 0.0)
 
@@ -257,7 +297,10 @@ class TextGenerationProcess:
             ValueError: If the number of rows differs.
         """
         if len(states) != self.num_rows:
-            raise ValueError(f"the saved state has {len(states)} rows, this environment {self.num_rows}; make it with num_envs={len(states)}")
+            raise ValueError(
+                f"the saved state has {len(states)} rows, this environment {self.num_rows}; make it with "
+                f"num_envs={len(states)}"
+            )
         for row, state in enumerate(states):
             if state is None:
                 self._orders[row] = None
@@ -268,7 +311,8 @@ class TextGenerationProcess:
     # ---- the process
 
     def begin(self, row: int, prompt: Prompt) -> None:
-        """Start an episode in a row. Costs no forward: the ids are the state, the cache is a memo filled when next needed."""
+        """Start an episode in a row. Costs no forward: the ids are the state, the cache is a memo filled when next
+        needed."""
         p = len(prompt.ids)
         self.ids[row] = self.pad_token_id
         self.ids[row, :p] = prompt.ids.to(self.device)
@@ -278,7 +322,8 @@ class TextGenerationProcess:
         self.step_rewards[row] = 0.0
         self.row_prompts[row], self.row_results[row] = prompt, {}
         if self._engine is not None:
-            # The memo would find a prompt that it has seen before; the last bits of its answer would then depend on what the row did before.
+            # The memo would find a prompt that it has seen before; the last bits of its answer would then depend on
+            # what the row did before.
             self._engine.forget(torch.tensor([row], device=self.device))
 
     def response_ids(self, row: int) -> list[int]:
@@ -305,7 +350,8 @@ class TextGenerationProcess:
 
     @torch.no_grad()
     def action_masks(self) -> Tensor:
-        """True where a token may be chosen next. Shape (N, V), bool; all True when nothing is forbidden, and in rows that have ended."""
+        """True where a token may be chosen next. Shape (N, V), bool; all True when nothing is forbidden, and in rows
+        that have ended."""
         mask = self._mask(self._reference_logits(~self.ended) if self.token_filter.uses_reference else None)
         if mask is None:
             return torch.ones(self.num_rows, self.vocab_size, dtype=torch.bool, device=self.device)
@@ -325,14 +371,17 @@ class TextGenerationProcess:
             active: Rows that act; default all. Shape (N,), bool.
 
         Raises:
-            ValueError: For an action out of range or forbidden, an ended row, a missing or wrong announcement, or a failing reward.
-                Nothing has changed then, and the announcement is kept.
+            ValueError: For an action out of range or forbidden, an ended row, a missing or wrong announcement, or a
+                failing reward. Nothing has changed then, and the announcement is kept.
         """
         active = torch.ones(self.num_rows, dtype=torch.bool, device=self.device) if active is None else active
         actions = self._checked_actions(actions, active)
         if bool((active & self.ended).any()):
             rows = (active & self.ended).nonzero().flatten().tolist()
-            raise ValueError(f"row {rows[0]} has ended or was never reset; call reset (for some rows: options={{'reset_mask': mask}}) before step")
+            raise ValueError(
+                f"row {rows[0]} has ended or was never reset; call reset (for some rows: "
+                f"options={{'reset_mask': mask}}) before step"
+            )
 
         ref_logprobs = step_kl = None
         logits = self._reference_logits(active)
@@ -360,7 +409,9 @@ class TextGenerationProcess:
         position = torch.where(active, self.lengths, 0)
         rows = torch.arange(self.num_rows, device=self.device)
         self.ids[rows, position] = torch.where(active, actions, self.ids[rows, position])
-        self.step_rewards[rows, (self.lengths - self.prompt_lengths).clamp(0, self.max_response_tokens - 1)] += torch.where(active, rewards, 0.0)
+        self.step_rewards[rows, (self.lengths - self.prompt_lengths).clamp(0, self.max_response_tokens - 1)] += (
+            torch.where(active, rewards, 0.0)
+        )
         self.lengths += active
         self.ended |= by_eos | by_length
         self.reward_sums += scores
@@ -370,18 +421,29 @@ class TextGenerationProcess:
         if ended_rows:
             transition.kl = self.kl_sums[ended_rows].clone()
             for i, row in enumerate(ended_rows):
-                self.row_results[row] = {"score": float(scored.totals[i])} | {name: float(term[i]) for name, term in scored.terms.items()}
+                terms = {f"score/{name}": float(term[i]) for name, term in scored.terms.items()}
+                self.row_results[row] = {"score": float(scored.totals[i])} | terms
         return transition
 
     def _checked_actions(self, actions: Any, active: Tensor) -> Tensor:
         actions = torch.as_tensor(actions, device=self.device)
-        if tuple(actions.shape) != (self.num_rows,) or actions.is_floating_point() or actions.is_complex() or actions.dtype == torch.bool:
-            raise ValueError(f"actions must be integers of shape ({self.num_rows},), got {actions.dtype} of shape {tuple(actions.shape)}")
+        if (
+            tuple(actions.shape) != (self.num_rows,)
+            or actions.is_floating_point()
+            or actions.is_complex()
+            or actions.dtype == torch.bool
+        ):
+            raise ValueError(
+                f"actions must be integers of shape ({self.num_rows},), got {actions.dtype} of shape "
+                f"{tuple(actions.shape)}"
+            )
         actions = actions.long()
         bad = active & ((actions < 0) | (actions >= self.vocab_size))
         if bool(bad.any()):
             row = int(bad.nonzero()[0])
-            raise ValueError(f"action must be a token id in [0, {self.vocab_size}), got {int(actions[row])} in row {row}")
+            raise ValueError(
+                f"action must be a token id in [0, {self.vocab_size}), got {int(actions[row])} in row {row}"
+            )
         return torch.where(active, actions, 0)
 
     def _refuse_forbidden(self, actions: Tensor, active: Tensor, mask: Tensor) -> None:
@@ -389,11 +451,15 @@ class TextGenerationProcess:
         if bool(bad.any()):
             row = int(bad.nonzero()[0])
             raise ValueError(
-                f"action {int(actions[row])} in row {row} is forbidden here (allowed_tokens, top_k or top_p); choose where action_masks() is True"
+                f"action {int(actions[row])} in row {row} is forbidden here (allowed_tokens, top_k or top_p); "
+                "choose where action_masks() is True"
             )
 
-    def _score_step(self, actions: Tensor, active: Tensor, by_eos: Tensor, ended_rows: list[int]) -> tuple[Tensor, ScoredResponses | None]:
-        """What the reward pays for this step, (N,), before any KL: the score on the last token, dense terms as they fall due."""
+    def _score_step(
+        self, actions: Tensor, active: Tensor, by_eos: Tensor, ended_rows: list[int]
+    ) -> tuple[Tensor, ScoredResponses | None]:
+        """What the reward pays for this step, (N,), before any KL: the score on the last token, dense terms as they
+        fall due."""
         paid, scored = torch.zeros(self.num_rows, device=self.device), None
         if self.reward.dense:
             going = [row for row in active.nonzero().flatten().tolist() if row not in set(ended_rows)]
@@ -403,7 +469,9 @@ class TextGenerationProcess:
                 paid[going] = torch.tensor([float(tokens[-1]) for tokens in dense], device=self.device)
         if ended_rows:
             responses = [[*self.response_ids(row), int(actions[row])] for row in ended_rows]
-            scored = self.scorer.score([self.row_prompts[row] for row in ended_rows], responses, by_eos[ended_rows].cpu().numpy())
+            scored = self.scorer.score(
+                [self.row_prompts[row] for row in ended_rows], responses, by_eos[ended_rows].cpu().numpy()
+            )
             # The last step pays what is left, so that rewards sum to the score whatever was paid before.
             paid[ended_rows] = torch.from_numpy(scored.totals).to(paid) - self.reward_sums[ended_rows]
         return paid, scored

@@ -1,7 +1,8 @@
 """The second way through the process: whole responses at once.
 
-A response is a fixed sequence, so its rewards need no stepping: one reference forward and one reward call for the batch. The result equals
-that of ``step`` token by token (a property test holds the two equal); a batched agent is free to use either.
+A response is a fixed sequence, so its rewards need no stepping: one reference forward and one reward call for the
+batch. The result equals that of ``step`` token by token (a property test holds the two equal); a batched agent is free
+to use either.
 """
 
 from __future__ import annotations
@@ -59,11 +60,12 @@ def evaluate_responses(
         process: The process whose reference, reward and KL settings apply.
         prompt_ids: B sequences of token ids.
         response_ids: Shape (B, R), integers, R <= max_response_tokens; anything may stand after the end.
-        response_mask: True for the tokens of the response, a prefix of each row. Shape (B, R), bool. Each response is a finished episode: it ends
-            with an EOS token, or has max_response_tokens tokens.
-        logprobs: log pi of each token, (B, R) in nats, or (B, R, V) for the exact KL of each state. Needed when ``kl_coef > 0``.
-        prompt_index: ``info["prompt_index"]`` of each row, (B,), -1 for none: gives prompts their text and columns back. Without it the text is
-            decoded from the ids, and a reward that needs columns is refused.
+        response_mask: True for the tokens of the response, a prefix of each row. Shape (B, R), bool. Each response is a
+            finished episode: it ends with an EOS token, or has max_response_tokens tokens.
+        logprobs: log pi of each token, (B, R) in nats, or (B, R, V) for the exact KL of each state. Needed when
+            ``kl_coef > 0``.
+        prompt_index: ``info["prompt_index"]`` of each row, (B,), -1 for none: gives prompts their text and columns
+            back. Without it the text is decoded from the ids, and a reward that needs columns is refused.
 
     Raises:
         ValueError: Naming the argument, the rule and the first bad row.
@@ -75,9 +77,15 @@ def evaluate_responses(
     prompts = _prompts(process, prompt_ids, prompt_index)
     logprobs = None if logprobs is None else torch.as_tensor(logprobs, device=device).detach().float()
     if logprobs is None and process.needs_announcement:
-        raise ValueError(f"logprobs are needed because kl_coef={process.kl_coef:g}: pass the policy's log-probs of the response tokens, shape (B, R)")
+        raise ValueError(
+            f"logprobs are needed because kl_coef={process.kl_coef:g}: pass the policy's log-probs of the response "
+            "tokens, shape (B, R)"
+        )
     if logprobs is not None and tuple(logprobs.shape) not in {tuple(ids.shape), (*ids.shape, process.vocab_size)}:
-        raise ValueError(f"logprobs must have shape {tuple(ids.shape)} or {(*ids.shape, process.vocab_size)}, got {tuple(logprobs.shape)}")
+        raise ValueError(
+            f"logprobs must have shape {tuple(ids.shape)} or {(*ids.shape, process.vocab_size)}, got "
+            f"{tuple(logprobs.shape)}"
+        )
 
     ref_logprobs, kl = torch.zeros(ids.shape, device=device), None
     if process.language_model is not None:
@@ -103,24 +111,32 @@ def evaluate_responses(
 
     edge = (lambda x: x.cpu().numpy()) if as_numpy else (lambda x: x)
     terms = {name: edge(torch.from_numpy(np.asarray(term)).to(rewards)) for name, term in scored.terms.items()}
-    return ResponseRewards(edge(rewards), edge(scores), edge(ref_logprobs), None if kl is None else edge(kl), terms, scored.completions)
+    return ResponseRewards(
+        edge(rewards), edge(scores), edge(ref_logprobs), None if kl is None else edge(kl), terms, scored.completions
+    )
 
 
 def _checked_lengths(process: TextGenerationProcess, prompt_ids: Sequence[Any], ids: Tensor, mask: Tensor) -> Tensor:
     """Length of each response, (B,) int64, once everything about the arrays has been checked."""
     if ids.dim() != 2 or mask.shape != ids.shape or mask.dtype != torch.bool:
         raise ValueError(
-            f"response_ids and response_mask must have one shape (B, R) and the mask be bool, got {tuple(ids.shape)} and {mask.dtype} {tuple(mask.shape)}"
+            f"response_ids and response_mask must have one shape (B, R) and the mask be bool, got "
+            f"{tuple(ids.shape)} and {mask.dtype} {tuple(mask.shape)}"
         )
     if len(prompt_ids) != len(ids):
         raise ValueError(f"prompt_ids must hold one sequence per response: {len(ids)}, got {len(prompt_ids)}")
     if ids.shape[1] > process.max_response_tokens:
-        raise ValueError(f"responses must have at most max_response_tokens={process.max_response_tokens} columns, got {ids.shape[1]}")
+        raise ValueError(
+            f"responses must have at most max_response_tokens={process.max_response_tokens} columns, got {ids.shape[1]}"
+        )
     lengths = mask.sum(1)
     prefix = torch.arange(ids.shape[1], device=ids.device) < lengths[:, None]
     _refuse(lengths == 0, "a response must have at least one token")
     _refuse((mask != prefix).any(1), "response_mask must be True for a prefix of the row and False after it")
-    _refuse((mask & ((ids < 0) | (ids >= process.vocab_size))).any(1), f"response tokens must be in [0, {process.vocab_size})")
+    _refuse(
+        (mask & ((ids < 0) | (ids >= process.vocab_size))).any(1),
+        f"response tokens must be in [0, {process.vocab_size})",
+    )
     is_eos = torch.isin(ids, process._eos) & mask
     last = torch.arange(ids.shape[1], device=ids.device) == lengths[:, None] - 1
     _refuse((is_eos & ~last).any(1), "an EOS token ends the response; nothing may follow it")
@@ -144,11 +160,20 @@ def _prompts(process: TextGenerationProcess, prompt_ids: Sequence[Any], prompt_i
     prompts = []
     for row, (ids, index) in enumerate(zip(sequences, indices, strict=True)):
         if not 1 <= len(ids) <= process.max_prompt_tokens:
-            raise ValueError(f"prompt_ids, row {row}: a prompt has 1 to max_prompt_tokens={process.max_prompt_tokens} tokens, got {len(ids)}")
+            raise ValueError(
+                f"prompt_ids, row {row}: a prompt has 1 to max_prompt_tokens={process.max_prompt_tokens} tokens, "
+                f"got {len(ids)}"
+            )
         if index >= len(process.prompts) or index < -1:
-            raise ValueError(f"prompt_index, row {row}: must be -1 or below the number of prompts {len(process.prompts)}, got {index}")
+            raise ValueError(
+                f"prompt_index, row {row}: must be -1 or below the number of prompts {len(process.prompts)}, got "
+                f"{index}"
+            )
         if index >= 0 and not torch.equal(ids, process.prompts[index].ids):
-            raise ValueError(f"prompt_ids, row {row}: these are not the tokens of prompt {index}; pass prompt_index -1 for a prompt of your own")
+            raise ValueError(
+                f"prompt_ids, row {row}: these are not the tokens of prompt {index}; pass prompt_index -1 for a "
+                "prompt of your own"
+            )
         prompts.append(process.prompts[index] if index >= 0 else Prompt(process.scorer.decode(ids.tolist()), ids))
     process.scorer.check_columns(prompts, "prompts (pass prompt_index=info['prompt_index']); rows")
     return prompts
@@ -169,9 +194,14 @@ def _reference_pass(
         kl = estimate_kl(torch.where(mask, logprobs, 0.0), ref_logprobs, process.kl_estimator)
     else:
         context, lengths, prompt_lengths = join_responses(prompt_ids, ids, mask)
-        for rows in torch.arange(len(ids), device=ids.device).split(max(1, LOGITS_PER_CHUNK // (ids.shape[1] * process.vocab_size))):
+        for rows in torch.arange(len(ids), device=ids.device).split(
+            max(1, LOGITS_PER_CHUNK // (ids.shape[1] * process.vocab_size))
+        ):
             logits, _ = response_logits(model, context[rows], lengths[rows], prompt_lengths[rows] - 1, ids.shape[1])
             allowed = token_filter.mask(logits, keep=torch.where(mask[rows], ids[rows], 0))
             kl[rows] = exact_kl(logprobs[rows], token_filter.logprobs(logits, allowed))
-    _refuse((mask & ~torch.isfinite(kl)).any(1), "logprobs must be finite on the response and give no probability to forbidden tokens")
+    _refuse(
+        (mask & ~torch.isfinite(kl)).any(1),
+        "logprobs must be finite on the response and give no probability to forbidden tokens",
+    )
     return ref_logprobs, torch.where(mask, kl, 0.0)

@@ -33,12 +33,15 @@ def parse_options(process: TextGenerationProcess, options: Mapping[str, Any] | N
     """Check and resolve reset options; neither the options nor the process are changed.
 
     Raises:
-        ValueError: For an unknown option, a wrong length, an index out of range, a prompt that breaks a rule, or a mask without a True.
+        ValueError: For an unknown option, a wrong length, an index out of range, a prompt that breaks a rule, or a mask
+            without a True.
     """
     options, n = options or {}, process.num_rows
     unknown = set(options) - set(OPTION_NAMES)
     if unknown:
-        raise ValueError(f"reset options must be among {', '.join(map(repr, OPTION_NAMES))}, got {sorted(unknown)[0]!r}")
+        raise ValueError(
+            f"reset options must be among {', '.join(map(repr, OPTION_NAMES))}, got {sorted(unknown)[0]!r}"
+        )
     if options.get("prompts") is not None and options.get("prompt_index") is not None:
         raise ValueError("reset options: give prompts or prompt_index, not both")
     rows = _rows(options.get("reset_mask"), n)
@@ -50,7 +53,8 @@ def parse_options(process: TextGenerationProcess, options: Mapping[str, Any] | N
         if len(given) != n:
             raise ValueError(f"options['prompts'] must have one prompt per row: {n}, got {len(given)}")
         prompts = [
-            process.encoder.encode(row, process.max_prompt_tokens, f"options['prompts'][{i}]") for i, row in enumerate(read_prompts(given))
+            process.encoder.encode(row, process.max_prompt_tokens, f"options['prompts'][{i}]")
+            for i, row in enumerate(read_prompts(given))
         ]
         process.scorer.check_columns(prompts, "options['prompts']")
         return ResetOptions(rows, prompts)
@@ -62,7 +66,9 @@ def _rows(mask: Any, n: int) -> list[bool]:
         return [True] * n
     mask = torch.as_tensor(mask)
     if mask.dtype != torch.bool or tuple(mask.shape) != (n,):
-        raise ValueError(f"options['reset_mask'] must be a bool array of shape ({n},), got {mask.dtype} of shape {tuple(mask.shape)}")
+        raise ValueError(
+            f"options['reset_mask'] must be a bool array of shape ({n},), got {mask.dtype} of shape {tuple(mask.shape)}"
+        )
     if not bool(mask.any()):
         raise ValueError("options['reset_mask'] must have at least one True")
     return mask.tolist()

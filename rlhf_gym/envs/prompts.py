@@ -36,11 +36,13 @@ def read_prompts(source: Any) -> list[dict[str, Any]]:
     """Rows ``{"prompt": str, **columns}`` from any accepted source, in order.
 
     Args:
-        source: None (one empty prompt), a list of strings or of dicts with a "prompt" key, the path of a ``.jsonl`` file of such dicts,
-            a ``datasets.Dataset`` with a "prompt" column, or a packaged name such as ``"tiny-reviews"``.
+        source: None (one empty prompt), a list of strings or of dicts with a "prompt" key, the path of a ``.jsonl``
+            file of such dicts, a ``datasets.Dataset`` with a "prompt" column, or a packaged name such as
+            ``"tiny-reviews"``.
 
     Raises:
-        ValueError: If the source is empty, a row has no "prompt" string, or a JSONL line is broken (the error says which).
+        ValueError: If the source is empty, a row has no "prompt" string, or a JSONL line is broken (the error says
+            which).
         FileNotFoundError: If it looks like a path and there is no such file.
     """
     if source is None:
@@ -76,7 +78,9 @@ def _read_named(source: str | Path) -> list[dict[str, Any]]:
     path = Path(source).expanduser()
     if not path.is_file():
         near = difflib.get_close_matches(str(source), PACKAGED_PROMPTS, n=1)
-        hint = f"; did you mean the packaged {near[0]!r}?" if near else f"; packaged names: {', '.join(PACKAGED_PROMPTS)}"
+        hint = (
+            f"; did you mean the packaged {near[0]!r}?" if near else f"; packaged names: {', '.join(PACKAGED_PROMPTS)}"
+        )
         raise FileNotFoundError(f"prompts: there is no file {str(source)!r}{hint}")
     rows = []
     # utf-8-sig drops the byte-order mark that Windows editors write; without it line 1 would not be JSON.
@@ -102,12 +106,15 @@ class PromptEncoder:
     Args:
         tokenizer: A Hugging Face tokenizer.
         vocab_size: V of the model; ids must be below it.
-        eos_token_ids: An EOS that the tokenizer appends by itself is dropped: the response has not ended before it begins.
+        eos_token_ids: An EOS that the tokenizer appends by itself is dropped: the response has not ended before it
+            begins.
         bos_token_id: Stands for the empty prompt.
         truncate: None (a long prompt is an error) or "left" (keep BOS and the last tokens).
     """
 
-    def __init__(self, tokenizer, vocab_size: int, eos_token_ids: Sequence[int], bos_token_id: int | None, truncate: str | None):
+    def __init__(
+        self, tokenizer, vocab_size: int, eos_token_ids: Sequence[int], bos_token_id: int | None, truncate: str | None
+    ):
         if truncate not in (None, "left"):
             raise ValueError(f'truncate_prompts must be None or "left", got {truncate!r}')
         self.tokenizer, self.vocab_size, self.truncate = tokenizer, vocab_size, truncate
@@ -127,14 +134,21 @@ class PromptEncoder:
                 ids.pop()
         if not ids:
             if self.bos_token_id is None:
-                raise ValueError(f"{where} is empty and the tokenizer has no BOS token to begin from; give it at least one token of text")
+                raise ValueError(
+                    f"{where} is empty and the tokenizer has no BOS token to begin from; give it at least one token "
+                    "of text"
+                )
             ids = [self.bos_token_id]
         if max(ids) >= self.vocab_size:
-            raise ValueError(f"{where}: token id {max(ids)} is outside the model's vocabulary of {self.vocab_size}; use the model's own tokenizer")
+            raise ValueError(
+                f"{where}: token id {max(ids)} is outside the model's vocabulary of {self.vocab_size}; use the "
+                "model's own tokenizer"
+            )
         if max_tokens is not None and len(ids) > max_tokens:
             if self.truncate is None:
                 raise ValueError(
-                    f'{where} has {len(ids)} tokens, more than max_prompt_tokens={max_tokens}: {text[:60]!r}; raise the limit or set truncate_prompts="left"'
+                    f"{where} has {len(ids)} tokens, more than max_prompt_tokens={max_tokens}: {text[:60]!r}; raise "
+                    'the limit or set truncate_prompts="left"'
                 )
             has_bos = max_tokens > 1 and ids[0] == self.bos_token_id
             ids = [ids[0], *ids[len(ids) - max_tokens + 1 :]] if has_bos else ids[-max_tokens:]
@@ -145,7 +159,8 @@ class PromptEncoder:
 class PromptOrder:
     """The order in which one row visits the prompts: a fresh shuffle of all of them, again and again.
 
-    It depends on the row's seed alone, so every algorithm sees the same prompts (and a batch the same as N scalar environments).
+    It depends on the row's seed alone, so every algorithm sees the same prompts (and a batch the same as N scalar
+    environments).
 
     Args:
         num_prompts: Size of the prompt set.

@@ -21,16 +21,19 @@ from rlhf_gym.envs.view import episode_view
 class TextGenerationEnv(gym.Env):
     """Text generation as a Markov decision process, one episode at a time.
 
-    Description, spaces, rewards and information are those of :class:`rlhf_gym.envs.vector.TextGenerationVectorEnv` for a single row, with plain Python values
-    in ``info``. Arguments are ``render_mode`` and those of :class:`rlhf_gym.envs.core.TextGenerationProcess`. Every model forward serves one row
-    only, so use ``gym.make_vec`` where speed matters.
+    Description, spaces, rewards and information are those of :class:`rlhf_gym.envs.vector.TextGenerationVectorEnv` for
+    a single row, with plain Python values in ``info``. Arguments are ``render_mode`` and those of
+    :class:`rlhf_gym.envs.core.TextGenerationProcess`. Every model forward serves one row only, so use ``gym.make_vec``
+    where speed matters.
     """
 
     metadata = {"render_modes": ["ansi", "human", "rgb_array"], "render_fps": 4}
 
     def __init__(self, *, output: str = "numpy", render_mode: str | None = None, **task: Any):
         if output != "numpy":
-            raise ValueError(f"output must be 'numpy' for a single environment, got {output!r}; gym.make_vec gives tensors")
+            raise ValueError(
+                f"output must be 'numpy' for a single environment, got {output!r}; gym.make_vec gives tensors"
+            )
         if render_mode is not None and render_mode not in self.metadata["render_modes"]:
             raise ValueError(f"render_mode must be None or one of {self.metadata['render_modes']}, got {render_mode!r}")
         self.process = TextGenerationProcess(1, **task)
@@ -60,15 +63,25 @@ class TextGenerationEnv(gym.Env):
     @spec.setter
     def spec(self, spec: EnvSpec | None) -> None:
         if spec is not None:
-            # Wrappers deep-copy the spec with its arguments; the holders copy as themselves, live models would be duplicated.
+            # Wrappers deep-copy the spec with its arguments; the holders copy as themselves, live models would be
+            # duplicated.
             holders = {"model": self.process.language_model, "reward": self.process.reward}
-            spec.kwargs.update({k: v for k, v in holders.items() if v is not None and not isinstance(spec.kwargs.get(k), (str, type(None)))})
+            spec.kwargs.update(
+                {
+                    k: v
+                    for k, v in holders.items()
+                    if v is not None and not isinstance(spec.kwargs.get(k), (str, type(None)))
+                }
+            )
         self.__dict__["_spec"] = spec
 
     # ---- Gymnasium
 
-    def reset(self, *, seed: int | None = None, options: Mapping[str, Any] | None = None) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
-        """Start an episode; ``options`` may hold ``"prompts"`` (a string, a dict or a list of one) or ``"prompt_index"``.
+    def reset(
+        self, *, seed: int | None = None, options: Mapping[str, Any] | None = None
+    ) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
+        """Start an episode; ``options`` may hold ``"prompts"`` (a string, a dict or a list of one) or
+        ``"prompt_index"``.
 
         Raises:
             ValueError: For options of the wrong form; nothing has changed then.
@@ -86,7 +99,8 @@ class TextGenerationEnv(gym.Env):
         """Append one token.
 
         Raises:
-            ValueError: For a bad action, a missing announcement, an ended episode or a failing reward; nothing has changed then.
+            ValueError: For a bad action, a missing announcement, an ended episode or a failing reward; nothing has
+                changed then.
         """
         transition = self.process.step(torch.as_tensor(action).reshape(-1))
         info = self._describe_observation()
@@ -128,7 +142,12 @@ class TextGenerationEnv(gym.Env):
         return self.process.action_masks()[0].cpu().numpy().copy()
 
     def evaluate_responses(
-        self, prompt_ids: Sequence[Any], response_ids: Any, response_mask: Any, logprobs: Any | None = None, prompt_index: Any | None = None
+        self,
+        prompt_ids: Sequence[Any],
+        response_ids: Any,
+        response_mask: Any,
+        logprobs: Any | None = None,
+        prompt_index: Any | None = None,
     ) -> ResponseRewards:
         """Rewards of any number of whole responses; see :func:`rlhf_gym.envs.episodes.evaluate_responses`."""
         return evaluate_responses(self.process, prompt_ids, response_ids, response_mask, logprobs, prompt_index)

@@ -40,7 +40,9 @@ class Scorer:
 
     def __init__(self, reward: Reward, tokenizer, missing_eos_penalty: float = 0.0):
         if not (np.isfinite(missing_eos_penalty) and missing_eos_penalty >= 0):
-            raise ValueError(f"missing_eos_penalty must be a finite number >= 0 (it is subtracted), got {missing_eos_penalty}")
+            raise ValueError(
+                f"missing_eos_penalty must be a finite number >= 0 (it is subtracted), got {missing_eos_penalty}"
+            )
         self.reward, self.tokenizer, self.missing_eos_penalty = reward, tokenizer, float(missing_eos_penalty)
         self.term_names = (*reward.names, *((MISSING_EOS,) if missing_eos_penalty else ()))
 
@@ -72,7 +74,9 @@ class Scorer:
         """Text of a response, special tokens left out."""
         return self.tokenizer.decode(ids, skip_special_tokens=True)
 
-    def score(self, prompts: Sequence[Prompt], responses: Sequence[list[int]], ended_by_eos: np.ndarray) -> ScoredResponses:
+    def score(
+        self, prompts: Sequence[Prompt], responses: Sequence[list[int]], ended_by_eos: np.ndarray
+    ) -> ScoredResponses:
         """Score finished responses; B prompts, B lists of token ids, and whether each ended by EOS (B,) bool."""
         inputs = self._inputs(prompts, responses)
         scores = self.reward.score(inputs)

@@ -26,45 +26,57 @@ class TextGenerationVectorEnv(VectorEnv):
     """Text generation as a batched Markov decision process.
 
     ## Description
-    A language model's context is the state, a token the action. An episode is one prompt with its response. The score of the finished response
-    is paid on its last token; a KL penalty, if any, on every token. The environment holds the reference model (with a KV cache per row: a step
-    costs one token's forward for all rows), the prompts and the reward; the policy is the agent's.
+    A language model's context is the state, a token the action. An episode is one prompt with its response. The score
+    of the finished response is paid on its last token; a KL penalty, if any, on every token. The environment holds the
+    reference model (with a KV cache per row: a step costs one token's forward for all rows), the prompts and the
+    reward; the policy is the agent's.
 
     ## Observation Space
-    ``Dict(input_ids=Box(0, V - 1, (L,), int64), attention_mask=Box(0, 1, (L,), int8))`` per row, ``L = max_prompt_tokens + max_response_tokens``, right-padded, so
-    that ``model(**obs)`` is a correct call on any Hugging Face causal LM and the logits of the next token stand at ``attention_mask.sum(-1) - 1``.
+    ``Dict(input_ids=Box(0, V - 1, (L,), int64), attention_mask=Box(0, 1, (L,), int8))`` per row, ``L =
+    max_prompt_tokens + max_response_tokens``, right-padded, so that ``model(**obs)`` is a correct call on any Hugging
+    Face causal LM and the logits of the next token stand at ``attention_mask.sum(-1) - 1``.
 
     ## Action Space
     ``Discrete(V)``: the next token.
 
     ## Starting State
-    The row's next prompt. Row i is seeded ``seed + i`` and visits all prompts in its own shuffled order. ``reset(options=...)`` takes ``"prompts"`` (one
-    string or dict per row), ``"prompt_index"`` (an integer, or one per row) and ``"reset_mask"`` ((N,) bool: only these rows are reset).
+    The row's next prompt. Row i is seeded ``seed + i`` and visits all prompts in its own shuffled order.
+    ``reset(options=...)`` takes ``"prompts"`` (one string or dict per row), ``"prompt_index"`` (an integer, or one per
+    row) and ``"reset_mask"`` ((N,) bool: only these rows are reset).
 
     ## Rewards
-    ``score`` on the last token (dense reward terms: as they fall due) ``- kl_coef * (log pi - log pi_ref)`` on every token. With ``kl_coef > 0`` the agent calls
-    ``env.unwrapped.announce_logprobs(logprobs)`` before each ``step``.
+    ``score`` on the last token (dense reward terms: as they fall due) ``- kl_coef * (log pi - log pi_ref)`` on every
+    token. With ``kl_coef > 0`` the agent calls ``env.unwrapped.announce_logprobs(logprobs)`` before each ``step``.
 
     ## Episode End
-    ``terminated`` at EOS and at ``max_response_tokens``: the horizon is part of the task, and the score is paid either way. Never ``truncated``.
+    ``terminated`` at EOS and at ``max_response_tokens``: the horizon is part of the task, and the score is paid either
+    way. Never ``truncated``.
 
     ## Information
-    Describing the action just taken: ``ref_logprob``; on the last step of an episode ``score``, ``score/<term>``, ``kl`` (sum over the response, when every step was announced), ``stop_reason``
-    ("eos" or "length"; torch: int8, 1 or 2), and in numpy mode ``prompt`` and ``response``; in same_step mode these stand in ``final_info``.
-    Describing the returned observation: ``prompt_index`` (-1: given to reset), and ``action_mask`` (int8) when tokens are forbidden.
+    Describing the action just taken: ``ref_logprob``; on the last step of an episode ``score``, ``score/<term>``,
+    ``kl`` (sum over the response, when every step was announced), ``stop_reason`` ("eos" or "length"; torch: int8, 1 or
+    2), and in numpy mode ``prompt`` and ``response``; in same_step mode these stand in ``final_info``.
+    Describing the returned observation: ``prompt_index`` (-1: given to reset), and ``action_mask`` (int8) when tokens
+        are forbidden.
 
     ## Arguments
-    ``output="numpy"`` or ``"torch"`` (every array a tensor on ``device``); ``autoreset_mode="next_step"``, ``"same_step"`` or ``"disabled"``; ``render_mode`` None,
-    "ansi", "human" or "rgb_array"; all others are those of :class:`rlhf_gym.envs.core.TextGenerationProcess`.
+    ``output="numpy"`` or ``"torch"`` (every array a tensor on ``device``); ``autoreset_mode="next_step"``,
+    ``"same_step"`` or ``"disabled"``; ``render_mode`` None, "ansi", "human" or "rgb_array"; all others are those of
+    :class:`rlhf_gym.envs.core.TextGenerationProcess`.
 
     ## References
-    Ziegler et al. 2019, arXiv:1909.08593 (the process and its KL penalty); Ramamurthy et al. 2022, arXiv:2210.01241 (as a Gym environment).
+    Ziegler et al. 2019, arXiv:1909.08593 (the process and its KL penalty); Ramamurthy et al. 2022, arXiv:2210.01241 (as
+    a Gym environment).
 
     ## Version History
     * v0: first version.
     """
 
-    metadata = {"render_modes": ["ansi", "human", "rgb_array"], "render_fps": 4, "autoreset_mode": AutoresetMode.NEXT_STEP}
+    metadata = {
+        "render_modes": ["ansi", "human", "rgb_array"],
+        "render_fps": 4,
+        "autoreset_mode": AutoresetMode.NEXT_STEP,
+    }
 
     def __init__(
         self,
@@ -87,10 +99,13 @@ class TextGenerationVectorEnv(VectorEnv):
         self.single_observation_space, self.single_action_space = make_spaces(self.process)
         self.observation_space = batch_space(self.single_observation_space, num_envs)
         self.action_space = batch_space(self.single_action_space, num_envs)
-        self._pending = torch.zeros(num_envs, dtype=torch.bool, device=self.process.device)  # rows that the next step resets
+        self._pending = torch.zeros(
+            num_envs, dtype=torch.bool, device=self.process.device
+        )  # rows that the next step resets
 
     def __getattr__(self, name: str) -> Any:
-        # The task's settings (kl_coef, language_model, prompts, ...) are the process's; only names that this class lacks arrive here.
+        # The task's settings (kl_coef, language_model, prompts, ...) are the process's; only names that this class
+        # lacks arrive here.
         if name.startswith("_") or name == "process":
             raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
         return getattr(self.process, name)
@@ -106,7 +121,9 @@ class TextGenerationVectorEnv(VectorEnv):
 
     # ---- Gymnasium
 
-    def reset(self, *, seed: int | Sequence[int | None] | None = None, options: Mapping[str, Any] | None = None) -> tuple[Any, dict[str, Any]]:
+    def reset(
+        self, *, seed: int | Sequence[int | None] | None = None, options: Mapping[str, Any] | None = None
+    ) -> tuple[Any, dict[str, Any]]:
         """Start episodes in all rows, or in those of ``options["reset_mask"]``; see the class for ``options``.
 
         Args:
@@ -133,7 +150,8 @@ class TextGenerationVectorEnv(VectorEnv):
         """Append ``actions`` (N,) to the rows; see the class docstring.
 
         Raises:
-            ValueError: For a bad action, a missing announcement, an ended row (disabled mode) or a failing reward; nothing has changed then.
+            ValueError: For a bad action, a missing announcement, an ended row (disabled mode) or a failing reward;
+                nothing has changed then.
         """
         resetting = self._pending.clone()
         transition = self.process.step(actions, ~resetting)
@@ -159,7 +177,8 @@ class TextGenerationVectorEnv(VectorEnv):
         return self._observation(), self._out(transition.rewards), self._out(ended), self._out(truncated), info
 
     def render(self) -> tuple[Any, ...] | None:
-        """One frame per row: a string ("ansi") or an array (H, W, 3) uint8 ("rgb_array"); "human" prints and returns None."""
+        """One frame per row: a string ("ansi") or an array (H, W, 3) uint8 ("rgb_array"); "human" prints and returns
+        None."""
         if self.render_mode is None:
             return None
         views = [episode_view(self.process, row) for row in range(self.num_envs)]
@@ -174,7 +193,8 @@ class TextGenerationVectorEnv(VectorEnv):
     # ---- beyond Gymnasium (reached through `env.unwrapped`)
 
     def announce_logprobs(self, logprobs: Any) -> None:
-        """Tell log pi of the next actions, (N,) in nats; or (N, V) for the exact KL. Rows in autoreset may hold anything."""
+        """Tell log pi of the next actions, (N,) in nats; or (N, V) for the exact KL. Rows in autoreset may hold
+        anything."""
         self.process.announce_logprobs(logprobs)
 
     def action_masks(self) -> Any:
@@ -182,13 +202,20 @@ class TextGenerationVectorEnv(VectorEnv):
         return self._out(self.process.action_masks())
 
     def evaluate_responses(
-        self, prompt_ids: Sequence[Any], response_ids: Any, response_mask: Any, logprobs: Any | None = None, prompt_index: Any | None = None
+        self,
+        prompt_ids: Sequence[Any],
+        response_ids: Any,
+        response_mask: Any,
+        logprobs: Any | None = None,
+        prompt_index: Any | None = None,
     ) -> ResponseRewards:
-        """Rewards of whole finished responses, equal to stepping through them; see :func:`rlhf_gym.envs.episodes.evaluate_responses`."""
+        """Rewards of whole finished responses, equal to stepping through them; see
+        :func:`rlhf_gym.envs.episodes.evaluate_responses`."""
         return evaluate_responses(self.process, prompt_ids, response_ids, response_mask, logprobs, prompt_index)
 
     def clone_state(self) -> dict[str, Any]:
-        """A copy of everything that the future depends on, KV cache included: for tree search and Monte-Carlo estimates."""
+        """A copy of everything that the future depends on, KV cache included: for tree search and Monte-Carlo
+        estimates."""
         return {"process": self.process.clone_state(), "pending": self._pending.clone()}
 
     def restore_state(self, state: Mapping[str, Any]) -> None:
@@ -225,7 +252,9 @@ class TextGenerationVectorEnv(VectorEnv):
 
     def _describe_observation(self, info: dict[str, Any]) -> None:
         everyone = torch.ones(self.num_envs, dtype=torch.bool, device=self.process.device)
-        index = torch.tensor([-1 if p is None else p.index for p in self.process.row_prompts], device=self.process.device)
+        index = torch.tensor(
+            [-1 if p is None else p.index for p in self.process.row_prompts], device=self.process.device
+        )
         self._put(info, "prompt_index", index, everyone)
         if self.process.forbids_tokens:
             self._put(info, "action_mask", self.process.action_masks().to(torch.int8), everyone)
@@ -269,7 +298,12 @@ class TextGenerationVectorEnv(VectorEnv):
             info["final_obs"] = np.full(self.num_envs, None, dtype=object)
             for row in ended.nonzero().flatten().tolist():
                 info["final_obs"][row] = {key: value[row].copy() for key, value in observation.items()}
-        self._put(end_info, "prompt_index", torch.tensor([p.index for p in self.process.row_prompts], device=ended.device), ended)
+        self._put(
+            end_info,
+            "prompt_index",
+            torch.tensor([p.index for p in self.process.row_prompts], device=ended.device),
+            ended,
+        )
         info["final_info"] = end_info
         info["_final_obs"], info["_final_info"] = self._out(ended), self._out(ended)
 
@@ -277,7 +311,9 @@ class TextGenerationVectorEnv(VectorEnv):
 def make_spaces(process: TextGenerationProcess) -> tuple[spaces.Dict, spaces.Discrete]:
     """Observation and action space of one row."""
     shape, top = (process.max_tokens,), process.vocab_size - 1
-    observation = spaces.Dict(input_ids=spaces.Box(0, top, shape, np.int64), attention_mask=spaces.Box(0, 1, shape, np.int8))
+    observation = spaces.Dict(
+        input_ids=spaces.Box(0, top, shape, np.int64), attention_mask=spaces.Box(0, 1, shape, np.int8)
+    )
     return observation, spaces.Discrete(process.vocab_size)
 
 

@@ -13,9 +13,13 @@ if TYPE_CHECKING:
 def episode_view(process: TextGenerationProcess, row: int) -> EpisodeView:
     """The row's prompt, the text that each token added, its rewards and, once it has ended, its ledger."""
     prompt, ids = process.row_prompts[row], process.response_ids(row)
-    # A token alone may decode differently than in its place (leading spaces, bytes of one character), so take what it added.
+    # A token alone may decode differently than in its place (leading spaces, bytes of one character), so take what it
+    # added.
     texts = [process.tokenizer.decode(ids[:t], skip_special_tokens=False) for t in range(len(ids) + 1)]
-    tokens = [after[len(before) :] if after.startswith(before) else after for before, after in zip(texts, texts[1:], strict=False)]
+    tokens = [
+        after[len(before) :] if after.startswith(before) else after
+        for before, after in zip(texts, texts[1:], strict=False)
+    ]
     stop_reason = None
     if prompt is not None and bool(process.ended[row]):
         stop_reason = "eos" if ids and ids[-1] in process.eos_token_ids else "length"
