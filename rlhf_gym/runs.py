@@ -12,12 +12,13 @@ from __future__ import annotations
 
 import csv
 import io
+import itertools
 import json
 import os
 import platform
 import shutil
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -115,15 +116,14 @@ class RunDirectory:
         lines = [json.dumps(sample, ensure_ascii=False) for sample in samples]
         (self.path / f"samples_{when}.jsonl").write_text("".join(line + "\n" for line in lines), encoding="utf-8")
 
-    def checkpoint(self, every: int):
+    def checkpoint(self, every: int) -> Callable[[Any, Mapping[str, float]], None]:
         """A callback that saves the agent to ``model/`` at each ``every``-th update."""
+        counter = itertools.count(1)
 
         def save(agent: Any, metrics: Mapping[str, float]) -> None:
-            save.calls += 1
-            if save.calls % every == 0:
+            if next(counter) % every == 0:
                 agent.save(self.model)
 
-        save.calls = 0
         return save
 
 

@@ -72,7 +72,7 @@ def make_envs(options: TaskOptions, *, num_envs: int, model: Any = None, **more:
     )
 
 
-def agent_class(name: str) -> type:
+def agent_class(name: str) -> Any:
     """The class of ``--agent``.
 
     Raises:
