@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 # Okabe and Ito's colours, told apart by line style and marker as well: a grey print must still say which is which.
-STYLES = (
+STYLES: tuple[dict[str, Any], ...] = (
     {"color": "#0072B2", "linestyle": "-", "marker": "o"},
     {"color": "#D55E00", "linestyle": "--", "marker": "s"},
     {"color": "#009E73", "linestyle": ":", "marker": "^"},
@@ -49,7 +49,7 @@ def curves(runs: Mapping[str, Mapping[str, Sequence[float]]], panels: Sequence[t
     return figure
 
 
-def histogram(groups: Mapping[str, Sequence[float]], label: str) -> Figure:
+def histogram(groups: Mapping[str, Any], label: str) -> Figure:
     """Distributions of one number side by side, as shares of each group's responses."""
     import numpy as np
     from matplotlib.figure import Figure
