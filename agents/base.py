@@ -117,16 +117,12 @@ class Agent:
             raise ValueError(f"total_timesteps must be >= 1, got {total_timesteps}")
         self.total_timesteps = int(total_timesteps)
         callbacks = [callback] if callable(callback) else list(callback or [])
-        if not self._started:
-            self.envs.reset(seed=self.seed)
-            # That reset drew a prompt for each row; drawing again from the seed keeps the first rollout's prompts the
-            # first ones.
-            self._rewind_prompts()
-            self._started = True
         with Progress(self.total_timesteps, self.num_timesteps, show=progress_bar) as progress:
             while self.num_timesteps < self.total_timesteps:
                 progress.start_rollout()
-                rollout = self.collector.collect(progress.tokens)
+                # The first reset takes the seed; later ones go on in the rows' orders of prompts.
+                rollout = self.collector.collect(progress.tokens, seed=None if self._started else self.seed)
+                self._started = True
                 progress.start_update()
                 self.num_timesteps += rollout.num_tokens
                 metrics = self.update(rollout)
@@ -141,12 +137,6 @@ class Agent:
                 ):  # a list: every callback hears of every update
                     break
         return self
-
-    def _rewind_prompts(self) -> None:
-        base = self.envs.unwrapped
-        if hasattr(base, "load_prompt_order_state"):
-            states = base.prompt_order_state()
-            base.load_prompt_order_state([state and {**state, "cursor": 0} for state in states])
 
     def _invalidate(self) -> None:
         for engine in self._predict_engines.values():

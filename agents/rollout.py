@@ -42,8 +42,13 @@ class Collector:
         self.max_response_tokens = getattr(envs.unwrapped, "max_response_tokens", self.width)
         self._engine = self._reference_engine = None
 
-    def collect(self, progress: Callable[[int], None] | None = None) -> Rollout:
-        """``num_envs * num_rounds`` episodes; ``progress(n)`` is told of every n new tokens."""
+    def collect(self, progress: Callable[[int], None] | None = None, seed: int | None = None) -> Rollout:
+        """``num_envs * num_rounds`` episodes.
+
+        Args:
+            progress: Told of every n new tokens.
+            seed: For the environment's first reset; None goes on in the rows' orders of prompts.
+        """
         if self._engine is None:
             self._engine = make_engine(self.policy.model, self.envs.num_envs, self.width)
         self._engine.invalidate()  # the weights have changed since
@@ -54,19 +59,19 @@ class Collector:
                 self.policy.device
             )
             if self.by_whole_responses:
-                rollout = self._whole_responses(uniforms, progress)
+                rollout = self._whole_responses(uniforms, progress, seed)
             else:
-                rollout = collect_by_stepping(self.envs, self.policy, self._engine, uniforms, progress)
+                rollout = collect_by_stepping(self.envs, self.policy, self._engine, uniforms, progress, seed)
             if self.policy.critic is not None:
                 # A critic with a trunk of its own did not run while the policy sampled.
                 rollout.batch = replace(rollout.batch, values=self.policy(rollout.batch)[1])
             return rollout
 
-    def _whole_responses(self, uniforms: Tensor, progress: Callable[[int], None] | None) -> Rollout:
+    def _whole_responses(self, uniforms: Tensor, progress: Callable[[int], None] | None, seed: int | None) -> Rollout:
         envs, policy = self.envs, self.policy
         prompts, index, texts = [], [], []
-        for _ in range(self.num_rounds):
-            observation, info = envs.reset()
+        for round_number in range(self.num_rounds):
+            observation, info = envs.reset(seed=seed if round_number == 0 else None)
             for row, length in enumerate(observation["attention_mask"].sum(1)):
                 prompts.append(torch.as_tensor(observation["input_ids"][row][: int(length)]))
                 index.append(int(info["prompt_index"][row]))

@@ -17,7 +17,12 @@ from .policy import Policy
 
 
 def collect_by_stepping(
-    envs: VectorEnv, policy: Policy, engine: Engine, uniforms: Tensor, progress: Callable[[int], None] | None = None
+    envs: VectorEnv,
+    policy: Policy,
+    engine: Engine,
+    uniforms: Tensor,
+    progress: Callable[[int], None] | None = None,
+    seed: int | None = None,
 ) -> Rollout:
     """The first ``num_rounds`` episodes of every row after a reset, in any autoreset mode.
 
@@ -32,6 +37,7 @@ def collect_by_stepping(
         uniforms: One number per token. Shape (N * num_rounds, R); an episode longer than R is an error of the
             environment.
         progress: Told of every n new tokens.
+        seed: For the reset that begins the rollout.
     """
     base, device = envs.unwrapped, policy.device
     num_rows, num_rounds = envs.num_envs, len(uniforms) // envs.num_envs
@@ -42,7 +48,7 @@ def collect_by_stepping(
     finished = np.zeros(num_rows, dtype=int)  # episodes of each row
     resetting = np.zeros(num_rows, dtype=bool)  # rows whose next step is next_step mode's reset
 
-    observation, _ = envs.reset()
+    observation, _ = envs.reset(seed=seed)
     while (finished < num_rounds).any():
         ids = torch.as_tensor(observation["input_ids"]).long().to(device)
         lengths = torch.as_tensor(observation["attention_mask"]).to(device).sum(1).long()

@@ -203,7 +203,7 @@ def test_timesteps_count_real_tokens():
     """Statement 26: EOS counts, padding does not; learn() stops at the first rollout that reaches the total."""
     agent, seen = PPO(envs(), seed=0), []
     collect = agent.collector.collect
-    agent.collector.collect = lambda progress: seen.append(collect(progress)) or seen[-1]
+    agent.collector.collect = lambda *args, **kwargs: seen.append(collect(*args, **kwargs)) or seen[-1]
     agent.learn(100)
     lengths = [len([t for t in row if t is not None]) for r in seen for row in _responses(r)]
     assert agent.num_timesteps == sum(lengths) >= 100 > agent.num_timesteps - sum(len(r) for r in _responses(seen[-1]))
