@@ -56,7 +56,7 @@ FAMILIES = {
     "qwen2-mixed": (Qwen2ForCausalLM, Qwen2Config, _SHAPE | {"use_sliding_window": True, **_MIXED}),
     "qwen3": (Qwen3ForCausalLM, Qwen3Config, _SHAPE),
     "gemma2-mixed-softcap": (Gemma2ForCausalLM, Gemma2Config, _SHAPE | _MIXED | {"final_logit_softcapping": 5.0}),
-    "gemma3-mixed": (Gemma3ForCausalLM, Gemma3TextConfig, _SHAPE | _MIXED),
+    "gemma3-mixed": (Gemma3ForCausalLM, Gemma3TextConfig, _SHAPE | _MIXED | {"initializer_range": 0.08}),
     "granite-scaled-logits": (GraniteForCausalLM, GraniteConfig, _SHAPE | {"logits_scaling": 3.0}),
     "lstm": (LSTMForCausalLM, LSTMConfig, {"vocab_size": V, "hidden_size": 32, "num_hidden_layers": 2}),
     "gptneo": (GPTNeoForCausalLM, GPTNeoConfig, {"vocab_size": V, "hidden_size": 32, "num_layers": 2, "num_heads": 4, **_NEO}),

@@ -59,7 +59,8 @@ def test_policy_and_reference_are_renormalised_on_the_same_tokens():
     assert (logprobs[2:] == -math.inf).all()
     tokens = torch.tensor([0, 1])
     torch.testing.assert_close(
-        token_filter.token_logprobs(policy.expand(2, 4), tokens, token_filter.mask(LOGITS).expand(2, 4)), logprobs[tokens]
+        token_filter.token_logprobs(policy.expand(2, 4), tokens, token_filter.mask(LOGITS).expand(2, 4)),
+        logprobs[tokens],
     )
 
 
@@ -133,7 +134,9 @@ def test_a_forbidden_token_is_never_drawn(logits, forbidden, uniforms):
     assert (logprobs.gather(1, tokens[:, None]).exp() > 0).all()
 
 
-@pytest.mark.parametrize("arguments", [{}, {"temperature": 0.5}, {"top_k": 3}, {"top_p": 0.7}, {"allowed_tokens": (1, 4, 5)}])
+@pytest.mark.parametrize(
+    "arguments", [{}, {"temperature": 0.5}, {"top_k": 3}, {"top_p": 0.7}, {"allowed_tokens": (1, 4, 5)}]
+)
 def test_monte_carlo_kl_is_not_negative(arguments):
     """E_pi[log pi - log pi_ref] >= 0 when, and only when, both are normalised on the same tokens."""
     generator, count = torch.Generator().manual_seed(0), 100_000
