@@ -28,7 +28,8 @@ class Estimate:
     standard_error: float | None
 
     def __str__(self) -> str:
-        return f"{self.mean:.3f}" if self.low is None else f"{self.mean:.3f} [{self.low:.3f}, {self.high:.3f}]"
+        text = f"{self.mean:.3f}" if self.high is None else f"{self.mean:.3f} ± {self.high - self.mean:.3f}"
+        return text.replace("-0.000", "0.000")
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from string import Template
 from typing import Any
 
-from rlhf_gym.evaluation import Estimate, Evaluation
+from rlhf_gym.evaluation import Evaluation
 from rlhf_gym.plots import as_svg
 from rlhf_gym.runs import machine
 
@@ -33,21 +33,14 @@ def table(evaluations: Mapping[str, Evaluation]) -> tuple[list[str], list[list[s
     for name in columns[0].others:
         rows.append([name, *(_number(e, e.others.get(name)) for e in columns)])
     if any(e.kl is not None for e in columns):
-        rows.append(["KL to the reference (nats)", *(_plus_minus(e) for e in columns)])
-    rows.append(["response length (tokens)", *(f"{e.lengths.mean():.1f}" for e in columns)])
+        rows.append(["KL to the reference, nats", *(_number(e, e.kl) for e in columns)])
+    rows.append(["response length, tokens", *(f"{e.lengths.mean():.1f}" for e in columns)])
     rows.append(["ended by EOS", *(f"{e.ended_by_eos.mean():.0%}" for e in columns)])
     return ["", *evaluations], rows
 
 
 def _number(evaluation: Evaluation, values: Any) -> str:
     return "" if values is None else str(evaluation.estimate(values))
-
-
-def _plus_minus(evaluation: Evaluation) -> str:
-    if evaluation.kl is None:
-        return ""
-    estimate: Estimate = evaluation.estimate(evaluation.kl)
-    return f"{estimate.mean:.2f}".replace("-0.00", "0.00") + ("" if estimate.standard_error is None else f" ± {estimate.standard_error:.2f}")
 
 
 def model_card(*, options: Mapping[str, Any], base_model: str, before: Evaluation, after: Evaluation) -> str:
@@ -78,7 +71,7 @@ _TEMPLATE_CARD = Template("""\
 
 ## Evaluation
 
-$num_episodes responses, sampled, to the prompts of `$prompts`; means with 95 % intervals over prompts, KL with its standard error.
+$num_episodes responses, sampled, to the prompts of `$prompts`; means ± half of their 95 % intervals over prompts.
 
 $table
 

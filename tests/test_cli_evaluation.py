@@ -152,8 +152,8 @@ def test_table_and_model_card():
     before, after = evaluation([0.0, 1.0], [0, 1], kl=[0, 0]), evaluation([2.0, 3.0], [0, 1], kl=[1, 3])
     header, rows = table({"before": before, "after": after})
     assert header == ["", "before", "after"]
-    assert rows[0] == ["score", "0.500 [-5.853, 6.853]", "2.500 [-3.853, 8.853]"]
-    assert ["KL to the reference (nats)", "0.00 ± 0.00", "2.00 ± 1.00"] in rows and ["ended by EOS", "50%", "50%"] in rows
+    assert rows[0] == ["score", "0.500 ± 6.353", "2.500 ± 6.353"]  # 12.706 / 2
+    assert ["KL to the reference, nats", "0.000 ± 0.000", "2.000 ± 12.706"] in rows and ["ended by EOS", "50%", "50%"] in rows
     options = {"agent": "ppo", "reward": ("m:f",), "prompts": "p.jsonl", "eval_prompts": None, "kl_coef": 0.05}
     card = model_card(options=options, base_model="base", before=before, after=after)
-    assert "| score | 0.500 [-5.853, 6.853] | 2.500 [-3.853, 8.853] |" in card and "`m:f`" in card and "kl_coef: `0.05`" in card
+    assert "| score | 0.500 ± 6.353 | 2.500 ± 6.353 |" in card and "`m:f`" in card and "kl_coef: `0.05`" in card

@@ -129,8 +129,8 @@ def _page(evaluations: dict[str, Evaluation], runs: dict[str, Any], seconds: flo
             ),
             Section(
                 "On held-out prompts",
-                f"{len(base.scores)} responses of each model to {base.summary()['num_prompts']} prompts, sampled. Means with 95 % intervals over "
-                "prompts; the KL with its standard error; `grammatical` is the share of complete reviews that the grammar can produce.",
+                f"{len(base.scores)} responses of each model to {base.summary()['num_prompts']} prompts, sampled. Means ± half of their 95 % "
+                "intervals over prompts; `grammatical` is the share of complete reviews that the grammar can produce.",
                 histogram({label: e.scores for label, e in evaluations.items()}, "score"),
                 "How the scores are spread: responses by score, for each model.",
                 header,

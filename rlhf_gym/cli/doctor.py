@@ -30,18 +30,19 @@ class Finding(NamedTuple):
 def run(options: Doctor) -> int:
     """Print all findings; returns 1 when something is wrong."""
     from rich.console import Console
+    from rich.markup import escape
     from rich.table import Table
 
     findings = [finding for check in CHECKS for finding in _safely(check)]
     table = Table(show_header=False, box=None, pad_edge=False)
     for finding in findings:
         mark = "[red]wrong[/red]" if finding.problem else "[green]ok[/green]"
-        table.add_row(mark, finding.name, finding.value.replace("[", r"\["))
+        table.add_row(mark, finding.name, escape(finding.value))
     console = Console()
     console.print(table)
     problems = [finding for finding in findings if finding.problem]
     for finding in problems:
-        console.print(f"\n{finding.name}: {finding.problem}".replace("[", r"\["))
+        console.print(escape(f"\n{finding.name}: {finding.problem}"), soft_wrap=True)
     print("\nnothing is wrong" if not problems else f"\n{len(problems)} of {len(findings)} checks found something wrong")
     return 1 if problems else 0
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 
 from rlhf_gym.cli.options import Generate
@@ -19,19 +21,18 @@ def run(options: Generate) -> int:
     texts = [text for text in options.prompt for _ in range(options.num_samples)]
     prompts = [encoder.encode({"prompt": text}, None, f"--prompt {text!r}").ids for text in texts]
     longest = max(len(ids) for ids in prompts)
-    if lm.max_context is not None and longest + options.max_response_tokens > lm.max_context:
-        raise ValueError(
-            f"--max-response-tokens {options.max_response_tokens} and a prompt of {longest} tokens do not fit "
-            f"the model's context of {lm.max_context}"
-        )
+    room = math.inf if lm.max_context is None else lm.max_context - longest
+    num_tokens = int(min(128, room)) if options.max_response_tokens is None else options.max_response_tokens
+    if not 1 <= num_tokens <= room:
+        raise ValueError(f"a prompt of {longest} tokens leaves {room} of the model's context of {lm.max_context}, not {max(1, num_tokens)}")
     num_rows = min(64, len(prompts))
-    engine = make_engine(lm, num_rows, longest + options.max_response_tokens)
-    reference = make_engine(lm, num_rows, longest + options.max_response_tokens) if token_filter.uses_reference else None
-    uniforms = torch.rand(len(prompts), options.max_response_tokens, generator=torch.Generator().manual_seed(options.seed))
+    engine = make_engine(lm, num_rows, longest + num_tokens)
+    reference = make_engine(lm, num_rows, longest + num_tokens) if token_filter.uses_reference else None
+    uniforms = torch.rand(len(prompts), num_tokens, generator=torch.Generator().manual_seed(options.seed))
     responses = generate(
         engine,
         prompts,
-        max_response_tokens=options.max_response_tokens,
+        max_response_tokens=num_tokens,
         eos_token_ids=lm.eos_token_ids,
         uniforms=None if options.greedy else uniforms,
         token_filter=token_filter,

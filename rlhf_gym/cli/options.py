@@ -111,8 +111,8 @@ class Generate:
     """The text to continue; several make several responses. An empty one starts from the model's BOS token."""
     num_samples: int = 1
     """Responses to each prompt."""
-    max_response_tokens: int = 128
-    """Length limit of a response in tokens."""
+    max_response_tokens: int | None = None
+    """Length limit of a response in tokens; 128, or what the model's context leaves, when left out."""
     temperature: float = 1.0
     """Sampling temperature."""
     top_k: int | None = None
@@ -130,7 +130,8 @@ class Generate:
 
     def __post_init__(self):
         _at_least("num_samples", self.num_samples, 1)
-        _at_least("max_response_tokens", self.max_response_tokens, 1)
+        if self.max_response_tokens is not None:
+            _at_least("max_response_tokens", self.max_response_tokens, 1)
 
 
 @dataclass(frozen=True, kw_only=True)

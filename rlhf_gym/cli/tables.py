@@ -9,14 +9,15 @@ from rlhf_gym.report import table
 
 
 def print_comparison(evaluations: Mapping[str, Evaluation]) -> None:
-    """Evaluations side by side, with their 95 % intervals."""
+    """Evaluations side by side."""
     from rich.console import Console
+    from rich.markup import escape
     from rich.table import Table
 
     header, rows = table(evaluations)
-    shown = Table(title="means with 95 % intervals over prompts", title_justify="left")
+    shown = Table(title="means ± half of their 95 % intervals over prompts", title_justify="left")
     for i, name in enumerate(header):
-        shown.add_column(name, justify="left" if i == 0 else "right", no_wrap=i == 0)
+        shown.add_column(escape(name), justify="left" if i == 0 else "right")
     for row in rows:
-        shown.add_row(*(cell.replace("[", r"\[") for cell in row))
+        shown.add_row(*(escape(cell) for cell in row))
     Console().print(shown)
