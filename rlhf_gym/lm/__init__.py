@@ -7,6 +7,7 @@ from .generate import Responses, generate
 from .load import PACKAGED_MODELS, LanguageModel, disable_dropout, load_language_model
 from .lstm import LSTMConfig, LSTMForCausalLM
 from .make import make_engine
+from .matmul import fast_linear
 from .recompute import Recompute
 from .recurrent import Recurrent
 from .sampling import TokenFilter, sample_tokens
@@ -23,6 +24,7 @@ __all__ = [
     "Responses",
     "TokenFilter",
     "disable_dropout",
+    "fast_linear",
     "generate",
     "join_responses",
     "load_language_model",

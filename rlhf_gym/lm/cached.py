@@ -85,7 +85,7 @@ class RaggedKV(ModelEngine):
         return logits[:, 0], None if hidden is None else hidden[:, 0]
 
     def _where(self, active: Tensor) -> tuple[Tensor, Tensor, int]:
-        """Position of the new token of each of the first rows, the column it writes, and how many columns are in use."""
+        """Position of each of the first rows' new token, the column it writes, and how many columns are in use."""
         n = self.n[: len(active)]
         # A row that does not move must not be changed either: it writes into the spare column.
         slots = torch.where(active, n, self.max_tokens)

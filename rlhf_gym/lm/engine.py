@@ -77,7 +77,7 @@ class Engine:
     # What a subclass provides -----------------------------------------------------------------------------------------
 
     def _prefill(self, rows: Tensor, ids: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Fills the state of ``rows`` from scratch; returns the next token's logits (k, V) and hidden (k, d) or None."""
+        """Fills the state of ``rows`` from scratch; returns next-token logits (k, V) and hidden (k, d) or None."""
         raise NotImplementedError
 
     def _decode(self, tokens: Tensor, active: Tensor) -> tuple[Tensor, Tensor | None]:
@@ -226,6 +226,6 @@ class Engine:
             tensor.copy_(snapshot[name])
 
     def copy_rows(self, source: Tensor, destination: Tensor) -> None:
-        """Makes rows ``destination`` (k,) copies of rows ``source`` (k,): several samples from one prompt, tree search."""
+        """Makes rows ``destination`` (k,) copies of rows ``source`` (k,), for several samples from one prompt, say."""
         for tensor in (self.n, *self.state.values()):
             tensor[destination] = tensor[source]

@@ -6,6 +6,7 @@ The attention mask that is passed is all ones: positions count from 0, and atten
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
@@ -14,6 +15,7 @@ from torch import Tensor
 
 from .engine import inference
 from .load import vocab_size
+from .matmul import fast_linear
 from .sampling import TokenFilter
 
 if TYPE_CHECKING:
@@ -48,15 +50,20 @@ def forward_at(model: PreTrainedModel, ids: Tensor, rows: Tensor, columns: Tenso
         picked.append(args[0][rows, columns])
         return picked[0], *args[1:]
 
+    fast = ids.device.type == "cpu" and ids.shape[1] > 1
+    if model.training and torch.is_grad_enabled():
+        # Checkpointed layers run again during the backward pass, outside of any mode, and must then do the same.
+        fast = fast and not any(getattr(module, "gradient_checkpointing", False) for module in model.modules())
     head = model.get_output_embeddings()
-    if head is None:
-        output = model(input_ids=ids, **kwargs)
-        return output.logits[rows, columns], None, output
-    handle = head.register_forward_pre_hook(pick)
+    handle = None if head is None else head.register_forward_pre_hook(pick)
     try:
-        output = model(input_ids=ids, **kwargs)
+        with fast_linear() if fast else contextlib.nullcontext():
+            output = model(input_ids=ids, **kwargs)
     finally:
-        handle.remove()
+        if handle is not None:
+            handle.remove()
+    if handle is None:
+        return output.logits[rows, columns], None, output
     return output.logits, picked[0], output
 
 

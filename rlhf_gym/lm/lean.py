@@ -15,9 +15,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.activations import NewGELUActivation
-from transformers.pytorch_utils import Conv1D
 
 from .cached import RaggedKV
+from .matmul import linear
 
 # (layer, queries (N, heads, d), keys and values (N, key heads, d), scale) -> (N, heads * d)
 Attend = Callable[[int, Tensor, Tensor, Tensor, float], Tensor]
@@ -74,12 +74,12 @@ class LeanKV(RaggedKV):
         """Whether the model is one of those written here and nobody has put other parts or hooks into it."""
         if type(model).__name__ not in _TRUNKS or getattr(model.config, "add_cross_attention", False):
             return False
-        for module in model.modules():
-            linear = isinstance(module, (nn.Linear, Conv1D))
-            known = linear or type(module).__module__.startswith(("transformers.", "torch.nn."))
-            if not known or module._forward_hooks or module._forward_pre_hooks:
-                return False
-        return True
+        return all(
+            type(module).__module__.startswith(("transformers.", "torch.nn."))
+            and not (isinstance(module, nn.Linear) and type(module) is not nn.Linear)
+            and not (module._forward_hooks or module._forward_pre_hooks)
+            for module in model.modules()
+        )
 
     def __init__(self, model: PreTrainedModel, num_rows: int, max_tokens: int):
         super().__init__(model, num_rows, max_tokens)
@@ -146,17 +146,10 @@ class LeanKV(RaggedKV):
 
 
 def _linear(module: nn.Module, x: Tensor) -> Tensor:
-    """A linear layer, by the fastest kernel. Shapes (N, in) -> (N, out)."""
-    if type(module) is nn.Linear:
-        weight = module.weight
-    elif type(module) is Conv1D:  # GPT-2's, stored the other way round
-        weight = module.weight.t()
-    else:
-        return module(x)
-    if x.device.type == "cpu" and x.dtype == torch.float32 and torch.backends.mkldnn.is_available():
-        # oneDNN instead of MKL: twice as fast on AMD processors, where MKL leaves AVX-512 unused, alike on Intel's.
-        return torch.ops.mkldnn._linear_pointwise(x, weight, module.bias, "none", [], "")
-    return F.linear(x, weight, module.bias)
+    """A linear layer, of either of the two kinds there are. Shapes (N, in) -> (N, out)."""
+    # GPT-2's Conv1D holds its weight the other way round.
+    weight = module.weight if type(module) is nn.Linear else module.weight.t()
+    return linear(x, weight, module.bias)
 
 
 def _activation(module: nn.Module, x: Tensor) -> Tensor:

@@ -108,9 +108,9 @@ def _objection(candidate: type[Engine], model: PreTrainedModel, max_tokens: int)
     # Of the logits' own spread, since a small model's logits can all be small.
     tolerance = 1e-3 if model.dtype == torch.float32 else 0.1
     spread = expected.std(-1).mean().clamp(min=1e-6)
-    error = max((torch.stack(found, 1) - expected).abs().max(), (given - expected).abs().max()) / spread
-    if not error <= tolerance:
-        return f"logits differ by {float(error):.1e} of their standard deviation"
+    deviation = max((torch.stack(found, 1) - expected).abs().max(), (given - expected).abs().max()) / spread
+    if not deviation <= tolerance:
+        return f"logits differ by {float(deviation):.1e} of their standard deviation"
     return None
 
 
