@@ -76,6 +76,31 @@ def test_a_hook_in_the_model_is_obeyed():
     assert (logits - plain[-1]).abs().max() > 0.1
 
 
+class Adapter(torch.nn.Linear):
+    """As LoRA does it: a linear layer with something learned added, at first nothing."""
+
+    def __init__(self, base):
+        super().__init__(base.in_features, base.out_features, bias=False)
+        self.weight, self.added = base.weight, torch.nn.Parameter(torch.zeros_like(base.weight))
+
+    def forward(self, x):
+        return super().forward(x) + x @ self.added.t()
+
+
+def test_an_adapter_put_in_after_the_first_engine_is_obeyed():
+    net = new_model("llama")
+    assert type(make_engine(net, 1, 8)) is LeanKV
+    attention = net.model.layers[0].self_attn
+    attention.q_proj = Adapter(attention.q_proj)
+    engine = make_engine(net, 1, 8)  # at this moment both forwards agree, so that no proof could tell
+    torch.nn.init.normal_(attention.q_proj.added, std=2.0)
+    logits = engine.prefill(torch.tensor([0]), torch.tensor([[1, 2, 3]]), torch.tensor([3]))
+    close(logits[0], true_logits(net, torch.tensor([1, 2, 3]))[-1])
+    with torch.no_grad():
+        attention.q_proj.added.zero_()
+    assert (logits[0] - true_logits(net, torch.tensor([1, 2, 3]))[-1]).abs().max() > 0.1
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.filterwarnings("ignore:GPTNeoForCausalLM is run without a cache")
 def test_logits_at_keeps_what_the_model_does_after_its_head(family):
@@ -317,11 +342,13 @@ def test_dropout_never_reaches_an_engine(family):
     row = torch.tensor([1, 2, 3, 4])
     expected = true_logits(net, row)[-1]
     net.train()
+    list(net.modules())[-1].eval()  # a part that its owner keeps in eval mode
+    modes = [module.training for module in net.modules()]
     engine = make_engine(net, 1, 8)
     engine.prefill(torch.tensor([0]), row[None, :3], torch.tensor([3]))
     close(engine.decode(row[3:], torch.tensor([True]))[0], expected)
     close(engine.logits_at(row[None], torch.tensor([4]), torch.tensor([3]), 1)[0, 0], expected)
-    assert net.training
+    assert [module.training for module in net.modules()] == modes
 
 
 @pytest.mark.parametrize("family", ["gpt2", "llama", "mistral-window", "gemma3-mixed", "lstm"])

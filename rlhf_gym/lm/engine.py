@@ -19,16 +19,16 @@ from torch import Tensor, nn
 
 @contextlib.contextmanager
 def inference(model: nn.Module | None) -> Iterator[None]:
-    """No gradients and no dropout inside; the model's training mode is put back afterwards."""
-    was_training = model is not None and model.training
-    if was_training:
-        model.eval()
+    """No gradients and no dropout inside; every module's training mode is put back afterwards."""
+    training = [module for module in model.modules() if module.training] if model is not None and model.training else []
+    for module in training:
+        module.training = False
     try:
         with torch.no_grad():
             yield
     finally:
-        if was_training:
-            model.train()
+        for module in training:
+            module.training = True
 
 
 class Engine:

@@ -38,7 +38,7 @@ class LanguageModel:
     vocab_size: int
     """V, the last dimension of the logits (it can exceed the number of the tokenizer's tokens)."""
     eos_token_ids: tuple[int, ...]
-    """The tokens that end a response; at least one."""
+    """The tokens that end a response; none where the model's ``eos_token_id`` is an empty list."""
     pad_token_id: int
     """What fills rows up; always below V. It may equal EOS: padding is told by lengths, never by its id."""
     bos_token_id: int | None
@@ -222,6 +222,8 @@ def _reachable(url: str) -> bool:
 
 
 def _load_model(source: _Source, dtype: torch.dtype) -> PreTrainedModel:
+    import rlhf_gym.exact  # noqa: F401 - registers its model types; it needs this module, so not earlier
+
     where, arguments = source.arguments()
     is_gguf = "gguf_file" in arguments
     if source.path is not None and not is_gguf and not (source.path / "config.json").is_file():
@@ -275,7 +277,8 @@ def _describe(model: PreTrainedModel, tokenizer: Any, name: str) -> LanguageMode
         return ()
 
     eos_token_ids = first("eos_token_id")
-    if not eos_token_ids:
+    # An empty list is a statement: all responses of this model go to the length limit.
+    if not eos_token_ids and getattr(model.config, "eos_token_id", None) != []:
         raise ValueError(
             f"model {name!r} has no token that ends a text: set generation_config.eos_token_id of the model or "
             "eos_token of the tokenizer"
@@ -288,7 +291,7 @@ def _describe(model: PreTrainedModel, tokenizer: Any, name: str) -> LanguageMode
         name=name,
         vocab_size=size,
         eos_token_ids=eos_token_ids,
-        pad_token_id=pad if pad is not None and 0 <= pad < size else eos_token_ids[0],
+        pad_token_id=pad if pad is not None and 0 <= pad < size else (*eos_token_ids, 0)[0],
         bos_token_id=bos[0] if bos else None,
         max_context=max_context(model.config),
     )

@@ -31,6 +31,7 @@ class LSTMForCausalLM(PreTrainedModel):
 
     config_class = LSTMConfig
     base_model_prefix = ""
+    has_fixed_size_cache = True
     _tied_weights_keys: ClassVar[dict[str, str]] = {"lm_head.weight": "embed_tokens.weight"}
 
     def __init__(self, config: LSTMConfig):

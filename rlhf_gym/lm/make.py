@@ -52,12 +52,13 @@ def make_engine(model: PreTrainedModel | LanguageModel, num_rows: int, max_token
 
 def _proved_class(model: PreTrainedModel, max_tokens: int) -> type[Engine]:
     weight = next(model.parameters())
-    circumstances = (weight.device, weight.dtype, model.config._attn_implementation)
+    candidates = _candidates(model)
+    circumstances = (weight.device, weight.dtype, model.config._attn_implementation, *candidates)
     verdicts = _verdicts.setdefault(model, {})
     if circumstances in verdicts and max_tokens <= verdicts[circumstances][1]:
         return verdicts[circumstances][0]
     reasons = []
-    for candidate in _candidates(model):
+    for candidate in candidates:
         reason = _objection(candidate, model, max_tokens)
         if reason is None:
             break
@@ -69,8 +70,8 @@ def _proved_class(model: PreTrainedModel, max_tokens: int) -> type[Engine]:
         )
     if candidate is Recompute and not (circumstances in verdicts and verdicts[circumstances][0] is Recompute):
         warnings.warn(
-            f"{type(model).__name__} is run without a cache, which is right but slow: its cached logits differ from "
-            f"those of its plain forward ({'; '.join(reasons)})",
+            f"{type(model).__name__} is run without a cache, which is right but slow: with one it does not give the "
+            f"logits of its plain forward ({'; '.join(reasons)})",
             stacklevel=3,
         )
     verdicts[circumstances] = (candidate, max_tokens)
@@ -78,7 +79,7 @@ def _proved_class(model: PreTrainedModel, max_tokens: int) -> type[Engine]:
 
 
 def _candidates(model: PreTrainedModel) -> list[type[Engine]]:
-    if model.config.model_type == "rlhf_gym_lstm":
+    if getattr(model, "has_fixed_size_cache", False):
         return [Recurrent, Recompute]
     return [LeanKV, RaggedKV, Recompute] if LeanKV.supports(model) else [RaggedKV, Recompute]
 
@@ -105,10 +106,15 @@ def _objection(candidate: type[Engine], model: PreTrainedModel, max_tokens: int)
     except Exception as error:  # noqa: BLE001 - whatever a model does not support, in whatever way it says so
         return f"{type(error).__name__}: {error}"
     expected = torch.stack([_plain_logits(model, ids[i, : lengths[i] + num_decodes])[lengths[i] - 1 :] for i in (0, 1)])
+    found = torch.stack(found, 1)
+    impossible = expected == -torch.inf  # inf - inf would be NaN
+    if not all(torch.equal(each == -torch.inf, impossible) for each in (found, given)):
+        return "other tokens are impossible"
+    expected, found, given = (each.masked_fill(impossible, 0.0) for each in (expected, found, given))
     # Of the logits' own spread, since a small model's logits can all be small.
     tolerance = 1e-3 if model.dtype == torch.float32 else 0.1
     spread = expected.std(-1).mean().clamp(min=1e-6)
-    deviation = max((torch.stack(found, 1) - expected).abs().max(), (given - expected).abs().max()) / spread
+    deviation = max((found - expected).abs().max(), (given - expected).abs().max()) / spread
     if not deviation <= tolerance:
         return f"logits differ by {float(deviation):.1e} of their standard deviation"
     return None

@@ -12,9 +12,9 @@ from .recompute import ModelEngine
 
 
 class Recurrent(ModelEngine):
-    """Models whose ``past_key_values`` is a tuple of (layers, B, width) tensors, as `LSTMForCausalLM` has it.
+    """Models whose ``past_key_values`` is a tuple of (layers, B, width) tensors of fixed size, as `LSTMForCausalLM` has it.
 
-    The state holds them as ``past.i`` (B, layers, width).
+    A model says so by a true attribute ``has_fixed_size_cache``. The state holds them as ``past.i`` (B, layers, width).
     """
 
     def __init__(self, model: PreTrainedModel, num_rows: int, max_tokens: int):
