@@ -17,6 +17,7 @@ STYLES: tuple[dict[str, Any], ...] = (
     {"color": "#009E73", "linestyle": ":", "marker": "^"},
     {"color": "#CC79A7", "linestyle": "-.", "marker": "D"},
 )
+SMOOTH_FROM = 40  # updates from which on curves are smoothed
 PANELS = (
     ("objective/scores", "mean score of a response"),
     ("objective/kl", "mean KL to the reference (nats)"),
@@ -39,14 +40,26 @@ def curves(runs: Mapping[str, Mapping[str, Sequence[float]]], panels: Sequence[t
         axes = figure.add_subplot(1, len(panels), i + 1)
         for (name, columns), style in zip(runs.items(), STYLES * len(runs), strict=False):
             if metric in columns:
-                x = columns["timesteps"]
-                axes.plot(x, columns[metric], label=name, markevery=max(1, len(x) // 8), markersize=4, **style)
+                x, y = columns["timesteps"], columns[metric]
+                if len(x) >= SMOOTH_FROM:  # the batches are noisy: they stay visible behind their running mean
+                    axes.plot(x, y, color=style["color"], alpha=0.25, linewidth=1)
+                    y = running_mean(y, len(x) // 10)
+                axes.plot(x, y, label=name, markevery=max(1, len(x) // 8), markersize=4, **style)
         axes.set(xlabel="training tokens", ylabel=label)
         axes.grid(alpha=0.3)
         axes.xaxis.set_major_formatter(EngFormatter(sep=""))  # 20k, not 20000
         if len(runs) > 1:
             axes.legend()
     return figure
+
+
+def running_mean(values: Sequence[float], window: int) -> list[float]:
+    """Mean of up to ``window`` values on either side of each and itself; NaN entries are left out."""
+    means = []
+    for i in range(len(values)):
+        near = [v for v in values[max(0, i - window) : i + window + 1] if v == v]
+        means.append(sum(near) / len(near) if near else float("nan"))
+    return means
 
 
 def histogram(groups: Mapping[str, Any], label: str) -> Figure:

@@ -11,7 +11,7 @@ import torch
 from worlds import EOS, PROMPTS, goodness, make_env, make_envs, model, tokenizer
 
 from rlhf_gym.evaluation import Evaluation, evaluate
-from rlhf_gym.plots import curves, histogram
+from rlhf_gym.plots import curves, histogram, running_mean
 from rlhf_gym.report import Section, html_report, model_card, table
 
 
@@ -146,6 +146,10 @@ def test_page_is_one_file_and_escapes_what_models_write():
     assert "script" not in page.tags and "</td><script>alert(1)</script> & \N{REPLACEMENT CHARACTER}[31m $title" in page.text
     assert len(page.addresses) == 2 and all(address.startswith("data:image/svg+xml;base64,") for address in page.addresses)
     assert page.tags.count("code") == 1 and "T <1>" in page.text
+
+
+def test_running_mean():
+    assert running_mean([0.0, 3.0, 6.0, math.nan, 12.0], 1) == [1.5, 3, 4.5, 9, 12]
 
 
 def test_table_and_model_card():

@@ -125,7 +125,8 @@ def _page(evaluations: dict[str, Evaluation], runs: dict[str, Any], seconds: flo
                 "While they learn",
                 "",
                 curves(runs),
-                "Left: mean score of the responses in each batch of training. Right: how far the policy is from the base model.",
+                "Left: mean score of the responses in training. Right: how far the policy is from the base model. Faint: each batch; "
+                "strong: the running mean.",
             ),
             Section(
                 "On held-out prompts",
