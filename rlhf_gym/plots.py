@@ -43,7 +43,7 @@ def curves(runs: Mapping[str, Mapping[str, Sequence[float]]], panels: Sequence[t
                 x, y = columns["timesteps"], columns[metric]
                 if len(x) >= SMOOTH_FROM:  # the batches are noisy: they stay visible behind their running mean
                     axes.plot(x, y, color=style["color"], alpha=0.25, linewidth=1)
-                    y = running_mean(y, len(x) // 10)
+                    y = running_mean(y, len(x) // 20)
                 axes.plot(x, y, label=name, markevery=max(1, len(x) // 8), markersize=4, **style)
         axes.set(xlabel="training tokens", ylabel=label)
         axes.grid(alpha=0.3)
