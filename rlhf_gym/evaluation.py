@@ -120,7 +120,7 @@ def evaluate(
     Raises:
         ValueError, TypeError: If an argument is out of range, or a prompt does not fit the environment.
     """
-    process = _process_for(envs, prompts)
+    process = evaluation_process(envs, prompts)
     model = process.language_model.model if policy is None else getattr(policy, "policy_model", policy)
     num_episodes = len(process.prompts) if num_episodes is None else num_episodes
     if num_episodes < 1:
@@ -172,16 +172,21 @@ def evaluate(
     return Evaluation(numbers["score"], terms, kl, lengths, ended_by_eos, found, index, samples)
 
 
-def _process_for(envs: Any, prompts: Any) -> Any:
+def evaluation_process(envs: Any, prompts: Any = None) -> Any:
+    """The environment's process with held-out prompts instead of its own, without its KL penalty; the environment is not changed.
+
+    Raises:
+        ValueError, TypeError, FileNotFoundError: If the prompts cannot be read or do not fit the environment.
+    """
     process = getattr(envs.unwrapped, "process", None)
     if process is None:
         raise TypeError(f"envs must be a text-generation environment of rlhf_gym, got {type(envs.unwrapped).__name__}")
-    # A shallow copy with a KL coefficient of 0: the score alone is wanted, and the caller's process must not change.
+    # A shallow copy: the caller's process must not change.
     process = copy.copy(process)
     process.kl_coef = 0.0
     if prompts is not None:
         rows = read_prompts(prompts)
         limit = process.max_prompt_tokens
-        process.prompts = [process.encoder.encode(row, limit, f"prompts[{i}]", i) for i, row in enumerate(rows)]
-        process.scorer.check_columns(process.prompts, "prompts")
+        process.prompts = [process.encoder.encode(row, limit, f"held-out prompts[{i}]", i) for i, row in enumerate(rows)]
+        process.scorer.check_columns(process.prompts, "held-out prompts")
     return process

@@ -161,11 +161,13 @@ def test_wrong_arguments(capsys, arguments, says):
         (["--reward", "length=heavy"], "must be a number"),
         (["--max-prompt-tokens", "2"], "max_prompt_tokens=2"),
         (["--max-response-tokens", "99"], "context of 32"),
+        (["--eval-prompts", "long.jsonl"], "held-out prompts[0] has 5 tokens, more than max_prompt_tokens=4"),
         (["--out", "."], "not empty"),
     ],
 )
 def test_wrong_training(place, capsys, arguments, says):
     Path("broken.jsonl").write_text('{"prompt": "the"}\n{"prompt": oops}\n')
+    Path("long.jsonl").write_text('{"prompt": "the cat and the dog"}\n')
     assert train("length", *arguments) == 2
     assert says in one_line(capsys)
     assert not Path("runs").exists()  # nothing is left behind by a run that never began

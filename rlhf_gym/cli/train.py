@@ -13,7 +13,7 @@ from rlhf_gym.cli.options import Train, as_dict
 from rlhf_gym.cli.setup import agent_class, make_envs, model_source, parse_config, quiet_transformers
 from rlhf_gym.cli.signals import StopRequest, stop_on_signal
 from rlhf_gym.cli.tables import print_comparison
-from rlhf_gym.evaluation import evaluate
+from rlhf_gym.evaluation import evaluate, evaluation_process
 from rlhf_gym.plots import plot_run
 from rlhf_gym.report import model_card
 from rlhf_gym.runs import MetricsWriter, RunDirectory, read_metrics
@@ -28,13 +28,15 @@ def run(options: Train) -> int:
     if options.learning_rate is not None:
         config["learning_rate"] = options.learning_rate
     envs = make_envs(options, num_envs=options.num_envs, kl_coef=options.kl_coef)
-    held_out = evaluate_arguments(options)
+    evaluation_process(envs, options.eval_prompts)
     agent = make_agent(envs, seed=options.seed, **config)
     run_directory = RunDirectory(options.out, as_dict(options), overwrite=options.overwrite, resume=options.resume)
     if run_directory.has_checkpoint:
         agent = make_agent.load(run_directory.model, env=envs)
         print(f"going on from {agent.num_timesteps} tokens", flush=True)
 
+    # The same episodes and random numbers before and after, so that their difference is less noisy.
+    held_out = {"prompts": options.eval_prompts, "num_episodes": options.eval_episodes, "seed": options.seed}
     before = evaluate(None, envs, **held_out)
     run_directory.write_samples("before", before.samples)
     stop = train_agent(agent, run_directory, options.total_timesteps, options.checkpoint_every, options.progress_bar)
@@ -50,11 +52,6 @@ def run(options: Train) -> int:
     print_comparison({"before": before, f"after ({options.agent})": after})
     print(f"run directory: {run_directory.path}")
     return 0
-
-
-def evaluate_arguments(options: Train) -> dict[str, Any]:
-    """How the evaluations before and after are made; the same episodes and random numbers for both."""
-    return {"prompts": options.eval_prompts, "num_episodes": options.eval_episodes, "seed": options.seed}
 
 
 def train_agent(
