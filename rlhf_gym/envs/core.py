@@ -9,7 +9,7 @@ token. The scalar and the vector environment, stepping and whole episodes (``epi
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -78,6 +78,7 @@ class TextGenerationProcess:
         max_response_tokens: Length limit of the response in tokens, EOS included.
         truncate_prompts: None (a longer prompt is an error) or "left".
         missing_eos_penalty: Subtracted once from the score of a response that did not end by EOS, >= 0.
+        metrics: Other rewards by name, ``{"gold": reward}``: reported at the end of each episode, never paid.
         device, dtype: Of the reference, see :func:`rlhf_gym.lm.load_language_model`.
 
     Raises:
@@ -104,6 +105,7 @@ class TextGenerationProcess:
         max_response_tokens: int = 32,
         truncate_prompts: str | None = None,
         missing_eos_penalty: float = 0.0,
+        metrics: Mapping[str, Any] | None = None,
         device: str | torch.device = "auto",
         dtype: str | torch.dtype = "auto",
     ):
@@ -128,13 +130,21 @@ class TextGenerationProcess:
         )
         self._load_models(model, tokenizer, device, dtype)
         self.kl_coef = kl_coef
+        # A token that the reference cannot produce has an infinite KL: it is no action.
+        self._reference_forbids = self.language_model is not None and getattr(
+            self.language_model.model, "forbids_tokens", False
+        )
         self._check_filter()
         self.reward = as_reward(reward, language_model=self.language_model)
-        if self.reward.needs_language_model:
-            raise ValueError(
-                f"reward {reward!r} reads the reference, and there is none; pass model=, or another reward"
-            )
-        self.scorer = Scorer(self.reward, self.tokenizer, missing_eos_penalty)
+        self.metrics = {
+            name: as_reward(spec, language_model=self.language_model) for name, spec in (metrics or {}).items()
+        }
+        for each in (self.reward, *self.metrics.values()):
+            if each.needs_language_model:
+                raise ValueError(
+                    f"reward {each!r} reads the reference, and there is none; pass model=, or another reward"
+                )
+        self.scorer = Scorer(self.reward, self.tokenizer, missing_eos_penalty, self.metrics)
 
         self.encoder = PromptEncoder(
             self.tokenizer, self.vocab_size, self.eos_token_ids, self.bos_token_id, truncate_prompts
@@ -152,7 +162,7 @@ class TextGenerationProcess:
             )
 
         n, device = self.num_rows, self.device
-        self._eos = torch.tensor(self.eos_token_ids, device=device)
+        self._eos = torch.tensor(self.eos_token_ids, dtype=torch.long, device=device)
         self._columns = torch.arange(self.max_tokens, device=device)
         self.ids = torch.full((n, self.max_tokens), self.pad_token_id, dtype=torch.long, device=device)
         self.lengths = torch.zeros(n, dtype=torch.long, device=device)  # prompt and response so far
@@ -343,16 +353,19 @@ class TextGenerationProcess:
         return self._engine.next_logits(self.ids, self.lengths, needed)
 
     def _mask(self, logits: Tensor | None) -> Tensor | None:
-        if self.token_filter.allowed_tokens is None and not self.token_filter.uses_reference:
+        if not self.forbids_tokens:
             return None
         shaped = logits if logits is not None else torch.zeros(self.num_rows, self.vocab_size, device=self.device)
-        return self.token_filter.mask(shaped).expand(self.num_rows, -1)
+        mask = self.token_filter.mask(shaped)
+        possible = shaped > -torch.inf
+        return possible if mask is None else possible & mask
 
     @torch.no_grad()
     def action_masks(self) -> Tensor:
         """True where a token may be chosen next. Shape (N, V), bool; all True when nothing is forbidden, and in rows
         that have ended."""
-        mask = self._mask(self._reference_logits(~self.ended) if self.token_filter.uses_reference else None)
+        uses_reference = self.token_filter.uses_reference or self._reference_forbids
+        mask = self._mask(self._reference_logits(~self.ended) if uses_reference else None)
         if mask is None:
             return torch.ones(self.num_rows, self.vocab_size, dtype=torch.bool, device=self.device)
         return mask | self.ended[:, None]
@@ -360,7 +373,8 @@ class TextGenerationProcess:
     @property
     def forbids_tokens(self) -> bool:
         """Whether any action mask can be other than all True."""
-        return self.token_filter.allowed_tokens is not None or self.token_filter.uses_reference
+        token_filter = self.token_filter
+        return token_filter.allowed_tokens is not None or token_filter.uses_reference or self._reference_forbids
 
     @torch.no_grad()
     def step(self, actions: Any, active: Tensor | None = None) -> Transition:
@@ -451,8 +465,8 @@ class TextGenerationProcess:
         if bool(bad.any()):
             row = int(bad.nonzero()[0])
             raise ValueError(
-                f"action {int(actions[row])} in row {row} is forbidden here (allowed_tokens, top_k or top_p); "
-                "choose where action_masks() is True"
+                f"action {int(actions[row])} in row {row} is forbidden here (allowed_tokens, top_k, top_p, or "
+                "impossible under the reference); choose where action_masks() is True"
             )
 
     def _score_step(

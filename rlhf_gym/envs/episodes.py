@@ -35,6 +35,7 @@ class ResponseRewards:
         kl: KL estimate of each token, 0 after the end, None when no log-probs were given. Shape (B, R), float32.
         terms: The reward's ledger, each term of shape (B,), float32; they sum to ``scores`` (NaN: did not apply).
         completions: The response texts.
+        metrics: What the environment's metrics said, each of shape (B,), float32; no part of the rewards.
     """
 
     rewards: Any
@@ -43,6 +44,7 @@ class ResponseRewards:
     kl: Any | None
     terms: dict[str, Any]
     completions: list[str]
+    metrics: dict[str, Any]
 
 
 @torch.no_grad()
@@ -110,9 +112,18 @@ def evaluate_responses(
     rewards.scatter_add_(1, lengths[:, None] - 1, last[:, None])
 
     edge = (lambda x: x.cpu().numpy()) if as_numpy else (lambda x: x)
-    terms = {name: edge(torch.from_numpy(np.asarray(term)).to(rewards)) for name, term in scored.terms.items()}
+    terms, metrics = (
+        {name: edge(torch.from_numpy(np.asarray(values)).to(rewards)) for name, values in each.items()}
+        for each in (scored.terms, scored.metrics)
+    )
     return ResponseRewards(
-        edge(rewards), edge(scores), edge(ref_logprobs), None if kl is None else edge(kl), terms, scored.completions
+        rewards=edge(rewards),
+        scores=edge(scores),
+        ref_logprobs=edge(ref_logprobs),
+        kl=None if kl is None else edge(kl),
+        terms=terms,
+        completions=scored.completions,
+        metrics=metrics,
     )
 
 
@@ -186,7 +197,9 @@ def _reference_pass(
     model, token_filter = process.language_model.model, process.token_filter
     prompt_ids = [p.ids for p in prompts]
     ref_logprobs = response_logprobs(model, prompt_ids, ids, mask, token_filter=token_filter)
-    _refuse((ref_logprobs == -torch.inf).any(1), "a token is forbidden there (allowed_tokens, top_k or top_p)")
+    _refuse(
+        (ref_logprobs == -torch.inf).any(1), "a token is forbidden there (allowed_tokens, top_k, top_p, or impossible)"
+    )
     if logprobs is None:
         return ref_logprobs, None
     kl = torch.zeros(ids.shape, device=ids.device)

@@ -110,6 +110,7 @@ class TextGenerationEnv(gym.Env):
             scored = transition.scored
             info["score"] = float(scored.totals[0])
             info |= {f"score/{name}": float(term[0]) for name, term in scored.terms.items()}
+            info |= {f"metric/{name}": float(metric[0]) for name, metric in scored.metrics.items()}
             if bool(transition.kl.isfinite()):
                 info["kl"] = float(transition.kl[0])
             info["stop_reason"] = STOP_REASONS[int(transition.stop_reasons[0])]

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -22,11 +22,13 @@ class ScoredResponses:
         totals: Score of each response. Shape (B,), float64. The terms sum to it.
         terms: One entry of the ledger per reward term. Each of shape (B,), float64, NaN where a term did not apply.
         completions: The response texts.
+        metrics: What the metrics said; no part of the score. Each of shape (B,), float64.
     """
 
     totals: np.ndarray
     terms: dict[str, np.ndarray]
     completions: list[str]
+    metrics: dict[str, np.ndarray] = field(default_factory=dict)
 
 
 class Scorer:
@@ -36,20 +38,29 @@ class Scorer:
         reward: The reward, see ``rlhf_gym.rewards.as_reward``.
         tokenizer: Decodes responses, special tokens left out.
         missing_eos_penalty: Subtracted once from the score of a response that ended by length, >= 0.
+        metrics: Other rewards by name, reported and never paid.
     """
 
-    def __init__(self, reward: Reward, tokenizer, missing_eos_penalty: float = 0.0):
+    def __init__(
+        self,
+        reward: Reward,
+        tokenizer,
+        missing_eos_penalty: float = 0.0,
+        metrics: Mapping[str, Reward] | None = None,
+    ):
         if not (np.isfinite(missing_eos_penalty) and missing_eos_penalty >= 0):
             raise ValueError(
                 f"missing_eos_penalty must be a finite number >= 0 (it is subtracted), got {missing_eos_penalty}"
             )
         self.reward, self.tokenizer, self.missing_eos_penalty = reward, tokenizer, float(missing_eos_penalty)
+        self.metrics = dict(metrics or {})
         self.term_names = (*reward.names, *((MISSING_EOS,) if missing_eos_penalty else ()))
 
     def check_columns(self, prompts: Sequence[Prompt], where: str) -> None:
-        """Refuse prompts that lack a column which the reward asks for by name."""
+        """Refuse prompts that lack a column which the reward or a metric asks for by name."""
+        needed = [column for reward in (self.reward, *self.metrics.values()) for column in reward.columns_needed]
         for i, prompt in enumerate(prompts):
-            for column in self.reward.columns_needed:
+            for column in dict.fromkeys(needed):
                 if column not in prompt.columns:
                     has = ", ".join(sorted(prompt.columns)) or "none"
                     raise ValueError(
@@ -57,7 +68,8 @@ class Scorer:
                         "add the column to every prompt or give the reward's parameter a default"
                     )
 
-    def _inputs(self, prompts: Sequence[Prompt], responses: Sequence[list[int]]) -> RewardInputs:
+    def inputs(self, prompts: Sequence[Prompt], responses: Sequence[list[int]]) -> RewardInputs:
+        """What a reward is given: B prompts with their columns and B responses as ids and text."""
         names: dict[str, None] = {}  # a dict as an ordered set: columns keep the order of the data
         for prompt in prompts:
             names.update(dict.fromkeys(prompt.columns))
@@ -78,14 +90,15 @@ class Scorer:
         self, prompts: Sequence[Prompt], responses: Sequence[list[int]], ended_by_eos: np.ndarray
     ) -> ScoredResponses:
         """Score finished responses; B prompts, B lists of token ids, and whether each ended by EOS (B,) bool."""
-        inputs = self._inputs(prompts, responses)
+        inputs = self.inputs(prompts, responses)
         scores = self.reward.score(inputs)
         totals, terms = np.asarray(scores.total, dtype=np.float64).copy(), dict(scores.terms)
         if self.missing_eos_penalty:
             terms[MISSING_EOS] = np.where(ended_by_eos, 0.0, -self.missing_eos_penalty)
             totals += terms[MISSING_EOS]
-        return ScoredResponses(totals, terms, inputs.completions)
+        metrics = {name: reward.score(inputs).total for name, reward in self.metrics.items()}
+        return ScoredResponses(totals, terms, inputs.completions, metrics)
 
     def token_rewards(self, prompts: Sequence[Prompt], responses: Sequence[list[int]]) -> list[np.ndarray]:
         """What the dense terms pay for each token of each (perhaps unfinished) response."""
-        return self.reward.token_rewards(self._inputs(prompts, responses))
+        return self.reward.token_rewards(self.inputs(prompts, responses))

@@ -54,8 +54,9 @@ class TextGenerationVectorEnv(VectorEnv):
 
     ## Information
     Describing the action just taken: ``ref_logprob``; on the last step of an episode ``score``, ``score/<term>``,
-    ``kl`` (sum over the response, when every step was announced), ``stop_reason`` ("eos" or "length"; torch: int8, 1 or
-    2), and in numpy mode ``prompt`` and ``response``; in same_step mode these stand in ``final_info``.
+    ``metric/<name>``, ``kl`` (sum over the response, when every step was announced), ``stop_reason`` ("eos" or
+    "length"; torch: int8, 1 or 2), and in numpy mode ``prompt`` and ``response``; in same_step mode these stand in
+    ``final_info``.
     Describing the returned observation: ``prompt_index`` (-1: given to reset), and ``action_mask`` (int8) when tokens
         are forbidden.
 
@@ -273,6 +274,8 @@ class TextGenerationVectorEnv(VectorEnv):
         self._put(info, "score", widen(torch.from_numpy(scored.totals)), ended)
         for name, term in scored.terms.items():
             self._put(info, f"score/{name}", widen(torch.from_numpy(np.asarray(term))), ended)
+        for name, metric in scored.metrics.items():
+            self._put(info, f"metric/{name}", widen(torch.from_numpy(metric)), ended)
         known = widen(torch.isfinite(transition.kl)).bool()
         if bool(known.any()):
             self._put(info, "kl", torch.where(known, widen(torch.nan_to_num(transition.kl)), 0.0), known)
