@@ -40,7 +40,8 @@ class Agent:
         envs: A vector environment, ours or any other whose observations hold ``input_ids`` and ``attention_mask`` (then
             ``policy`` is needed).
         policy: The causal LM to train: a ``PreTrainedModel`` (trained in place), a name or directory, or None for a
-            copy of the environment's reference.
+            copy of the environment's reference. On environments with known answers also "tabular", "transformer" and
+            "lstm", see :mod:`rlhf_gym.exact`.
         seed: Seed of sampling, minibatches and the environment's prompts.
         **config: Fields of ``config_class``.
 
@@ -284,6 +285,10 @@ def _policy_model(base: Any, policy: Any) -> tuple[Any, Any]:
             )
         return copy.deepcopy(reference.model), tokenizer
     if isinstance(policy, (str, Path)):
+        from rlhf_gym.exact import POLICY_KINDS, make_policy
+
+        if policy in POLICY_KINDS:
+            return make_policy(base, str(policy)), tokenizer
         loaded = load_language_model(str(policy), device=getattr(base, "device", "auto"), dtype="float32")
         return loaded.model, tokenizer or loaded.tokenizer
     if reference is not None and policy is reference.model:

@@ -47,7 +47,9 @@ class Policy(nn.Module):
             if head is None or not hasattr(head, "in_features")
             else head.in_features
         )
-        self.value_head = nn.Linear(width, 1, device=self.device)
+        # A model may say that only the first of the LM head's inputs are for a value head.
+        self.value_width = getattr(model, "value_width", width)
+        self.value_head = nn.Linear(self.value_width, 1, device=self.device)
         nn.init.zeros_(self.value_head.weight)
         nn.init.zeros_(self.value_head.bias)
         self.eval()
@@ -64,9 +66,8 @@ class Policy(nn.Module):
     def value(self, hidden: Tensor) -> Tensor:
         """Values of states given the LM head's input. (..., d) -> (...), float32."""
         # In float32 whatever the trunk computes in: a value rounded to 8 bits would drown the advantages.
-        return nn.functional.linear(hidden.float(), self.value_head.weight.float(), self.value_head.bias.float())[
-            ..., 0
-        ]
+        weight, bias = self.value_head.weight.float(), self.value_head.bias.float()
+        return nn.functional.linear(hidden[..., : self.value_width].float(), weight, bias)[..., 0]
 
     def forward(self, batch: Batch, *, with_entropy_gradient: bool = False) -> tuple[Tensor, Tensor, Tensor]:
         """Log-probs of the response tokens, values of the states they were chosen in, and entropies there.

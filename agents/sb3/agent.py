@@ -43,7 +43,7 @@ class SB3Agent:
     Args:
         envs: A vector environment of text (ours or any other with the same spaces), or a scalar one.
         policy: The model to start from, which is copied: a ``PreTrainedModel``, ``LanguageModel``, name or directory;
-            None is the environment's reference.
+            None is the environment's reference. "tabular", "transformer" and "lstm" as for every agent.
         seed: Seed of sampling, minibatches and the environment's prompts.
         algorithm: The class, for instance ``stable_baselines3.PPO``; subclasses have theirs.
         **config: ``n_steps`` (default: twice the longest response, so that most episodes begin and end in a rollout),
@@ -300,6 +300,10 @@ def _starting_model(base: Any, policy: Any) -> tuple[Any, Any]:
     """The model to copy and its tokenizer (None where nobody knows one)."""
     tokenizer = getattr(base, "tokenizer", None)
     if isinstance(policy, (str, Path)):
+        from rlhf_gym.exact import POLICY_KINDS, make_policy
+
+        if policy in POLICY_KINDS:
+            return make_policy(base, str(policy)), tokenizer
         policy = load_language_model(str(policy), device=getattr(base, "device", "auto"), dtype="float32")
     if isinstance(policy, LanguageModel):
         tokenizer = tokenizer or policy.tokenizer

@@ -90,7 +90,9 @@ class LMActorCriticPolicy(ActorCriticPolicy):
         model, separate_critic = self.__dict__.pop("_source")
         self.lm = trainable_copy(model)
         self.critic_lm = trainable_copy(model) if separate_critic else None
-        self.value_head = nn.Linear(self.lm.get_output_embeddings().weight.shape[1], 1)
+        # A model may say that only the first of the LM head's inputs are for a value head.
+        self.value_width = getattr(self.lm, "value_width", self.lm.get_output_embeddings().weight.shape[1])
+        self.value_head = nn.Linear(self.value_width, 1)
         nn.init.zeros_(self.value_head.weight)
         nn.init.zeros_(self.value_head.bias)
         self.optimizer = self.optimizer_class(self.parameters(), lr=lr_schedule(1), **self.optimizer_kwargs)
@@ -138,7 +140,7 @@ class LMActorCriticPolicy(ActorCriticPolicy):
                 del self._engines[next(iter(self._engines))]
             self._engines[key] = make_engine(getattr(self, name), len(ids), self.max_tokens)
         logits = self._engines[key].next_logits(ids, lengths)
-        return logits, self._engines[key].last_hidden.to(logits.dtype)
+        return logits, self._engines[key].last_hidden[:, : self.value_width].to(logits.dtype)
 
     def set_training_mode(self, mode: bool) -> None:
         """Train or eval mode, as SB3 sets it; an update is about to come with the first, so the cache is forgotten."""
@@ -178,7 +180,8 @@ class LMActorCriticPolicy(ActorCriticPolicy):
         return self.value_head(hidden)
 
     def _distribution(self, logits: Tensor) -> Distribution:
-        logits = logits.float() / self.token_filter.temperature
+        # A model of ours may forbid tokens itself, by -inf.
+        logits = (logits.float() / self.token_filter.temperature).clamp(min=_FORBIDDEN)
         mask = self.token_filter.mask(logits)
         return self.action_dist.proba_distribution(logits if mask is None else logits.masked_fill(~mask, _FORBIDDEN))
 
@@ -186,7 +189,7 @@ class LMActorCriticPolicy(ActorCriticPolicy):
         """Logits (n, V) and hidden states (n, d) at the last real token of n states, each sequence run once."""
         ids, rows, columns = share_prefixes(*_sequences(obs))
         logits, hidden, _ = forward_at(model, ids, rows[None], columns[None], use_cache=False)
-        return logits[0], hidden[0]
+        return logits[0], hidden[0, :, : self.value_width]
 
 
 def policy_kwargs(
