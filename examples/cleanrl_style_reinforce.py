@@ -20,7 +20,7 @@ def next_token(policy, obs):
     return Categorical(logits=logits[torch.arange(len(lengths)), lengths - 1])
 
 
-def main(num_iterations=40, num_envs=32, num_steps=64, learning_rate=1e-3, kl_coef=0.05, seed=0):
+def main(num_iterations=20, num_envs=32, num_steps=64, learning_rate=1e-3, kl_coef=0.05, seed=0):
     """Returns the mean score of the episodes that ended in each iteration."""
     envs = gym.make_vec(
         "rlhf_gym:rlhf_gym/TinyReviews-v0", num_envs, output="torch", autoreset_mode="same_step", kl_coef=kl_coef

@@ -17,13 +17,13 @@ def print_progress(agent, metrics):
     print(f"{agent.num_timesteps:7d} tokens  score {metrics['objective/scores']:.3f}  kl {metrics['objective/kl']:.2f}")
 
 
-def trpo(total_timesteps=100_000, num_envs=64):
+def trpo(total_timesteps=60_000, num_envs=32):
     """TRPO with the interface of all our agents; the KL penalty is announced by itself."""
     envs = gym.make_vec("rlhf_gym:rlhf_gym/TinyReviews-v0", num_envs, kl_coef=0.05)
     return TRPO(envs, seed=0).learn(total_timesteps, callback=print_progress)
 
 
-def stock_ppo(total_timesteps=100_000, num_envs=64):
+def stock_ppo(total_timesteps=60_000, num_envs=32):
     """An unmodified algorithm of Stable-Baselines3: adapter, policy, and a callback that announces its log-probs."""
     envs = gym.make_vec("rlhf_gym:rlhf_gym/TinyReviews-v0", num_envs, kl_coef=0.05)
     model = stable_baselines3.PPO(
