@@ -27,7 +27,7 @@ def colours(text):
 def test_ansi_shows_prompt_response_and_ledger():
     text = render_ansi(view(ledger={"score": 0.9, "score/length": float("nan")}, stop_reason="eos"))
     plain = OUR_COLOURS.sub("", text)
-    assert plain == "It was a fine day\n3/16 tokens, stopped by eos | return 0.9  score 0.9  score/length -"
+    assert plain == "It was\n a fine day\n3/16 tokens, stopped by eos | return 0.9  score 0.9  score/length -"
     assert text.startswith("\x1b[1mIt was\x1b[0m")
 
 

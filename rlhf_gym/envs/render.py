@@ -73,7 +73,7 @@ def render_ansi(view: EpisodeView) -> str:
     Returns:
         A string without a final newline; its only escape sequences are colours of ours, each of them closed.
     """
-    parts = [f"\x1b[1m{_lines(view.prompt)}\x1b[0m"]
+    parts = [f"\x1b[1m{_lines(view.prompt)}\x1b[0m\n"]
     scale = _scale(view.rewards)
     for token, reward in zip(view.tokens, view.rewards, strict=True):
         text, level = _lines(token), _level(reward, scale)
