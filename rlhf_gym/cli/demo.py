@@ -20,25 +20,27 @@ from rlhf_gym.report import Section, html_report, table
 from rlhf_gym.runs import RunDirectory, machine, read_metrics
 from rlhf_gym.tasks.tiny_reviews import grammaticality
 
-NUM_ENVS = 64
-KL_COEF = 0.05
+KL_COEF = 0.03
 HELD_OUT = {"prompts": "tiny-reviews/test", "num_episodes": 256, "others": {"grammatical": grammaticality}}
 NUM_SAMPLES = 8
 
 
 @dataclass(frozen=True)
 class Contestant:
-    """An agent of the demo: its name on the command line, its label, how long it trains and what is not its default."""
+    """An agent of the demo: its name on the command line, its label, how it trains and what is not its default."""
 
     name: str
     label: str
+    num_envs: int
     total_timesteps: int
     config: dict[str, Any] = field(default_factory=dict)
 
 
 CONTESTANTS = (
-    Contestant("ppo", "PPO", 60_000),
-    Contestant("trpo", "TRPO", 40_000),
+    # PPO wants large batches here: with 64 rows its steps are noisy enough to teach it ungrammatical reviews.
+    Contestant("ppo", "PPO", 256, 100_000, {"learning_rate": 2e-4}),
+    # TRPO is slower by token but takes longer steps; with its default of 0.01 nats per token it would not get far in a minute.
+    Contestant("trpo", "TRPO", 64, 40_000, {"target_kl": 0.05, "n_steps": 24}),
 )
 
 
@@ -49,7 +51,7 @@ def run(options: Demo) -> int:
     quiet_transformers()
     console, started = Console(highlight=False), time.monotonic()
     out = RunDirectory(options.out, as_dict(options), overwrite=_is_run(options.out))
-    envs = make_demo_envs()
+    envs = make_demo_envs(1)
     total = 2 + len(CONTESTANTS)
     console.rule(f"1/{total} The base model writes product reviews", align="left")
     evaluations = {"base": evaluate(None, envs, seed=options.seed, **HELD_OUT)}
@@ -62,7 +64,7 @@ def run(options: Demo) -> int:
     for i, contestant in enumerate(CONTESTANTS):
         console.rule(f"{i + 2}/{total} {contestant.label} makes the reviews positive and stays near the base model", align="left")
         folder = RunDirectory(out.path / contestant.name, as_dict(options), overwrite=_is_run(out.path / contestant.name))
-        agent = agent_class(contestant.name)(make_demo_envs(), seed=options.seed, **contestant.config)
+        agent = agent_class(contestant.name)(make_demo_envs(contestant.num_envs), seed=options.seed, **contestant.config)
         stop = train_agent(agent, folder, contestant.total_timesteps, checkpoint_every=10, progress_bar=options.progress_bar)
         if stop.signal is not None:
             return report_stop(stop, agent, folder)
@@ -82,9 +84,9 @@ def run(options: Demo) -> int:
     return 0
 
 
-def make_demo_envs() -> gym.vector.VectorEnv:
+def make_demo_envs(num_envs: int) -> gym.vector.VectorEnv:
     """The task: continue the opening of a review; the score is the exact probability that its writer is pleased."""
-    return gym.make_vec("rlhf_gym/TinyReviews-v0", num_envs=NUM_ENVS, kl_coef=KL_COEF)
+    return gym.make_vec("rlhf_gym/TinyReviews-v0", num_envs=num_envs, kl_coef=KL_COEF)
 
 
 def _is_run(path: str | Path) -> bool:
