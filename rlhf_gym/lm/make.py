@@ -113,7 +113,7 @@ def _objection(candidate: type[Engine], model: PreTrainedModel, max_tokens: int)
     expected, found, given = (each.masked_fill(impossible, 0.0) for each in (expected, found, given))
     # Of the logits' own spread, since a small model's logits can all be small.
     tolerance = 1e-3 if model.dtype == torch.float32 else 0.1
-    spread = expected.std(-1).mean().clamp(min=1e-6)
+    spread = expected.std(-1, correction=0).mean().clamp(min=1e-6)
     deviation = max((found - expected).abs().max(), (given - expected).abs().max()) / spread
     if not deviation <= tolerance:
         return f"logits differ by {float(deviation):.1e} of their standard deviation"
