@@ -84,7 +84,7 @@ def ngram_from_table(
     Example:
         >>> lm = ngram_from_table({"": {"yes": 0.5, "no": 0.25, "<eos>": 0.25}}, eos="<eos>")
         >>> lm.model(input_ids=torch.tensor([[2]])).logits.exp()
-        tensor([[[0.5000, 0.2500, 0.2500]]], grad_fn=<ExpBackward0>)
+        tensor([[[0.5000, 0.2500, 0.2500]]])
     """
     rows = {_context(key): dict(row) for key, row in table.items()}
     named = [word for key, row in rows.items() for word in (*key, *row)]
