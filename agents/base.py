@@ -20,7 +20,7 @@ from torch import Tensor
 
 from rlhf_gym import __version__
 from rlhf_gym.atomic import replaced_directory, verified_files
-from rlhf_gym.kl import AdaptiveKL, FixedKL
+from rlhf_gym.kl import AdaptiveKL
 from rlhf_gym.lm import TokenFilter, load_language_model, make_engine, sample_tokens
 from rlhf_gym.lm.load import vocab_size
 
@@ -48,6 +48,7 @@ class Agent:
     Attributes:
         num_timesteps: Response tokens generated so far, EOS included.
         num_updates: Rollouts learnt from so far.
+        state: What the algorithm carries from update to update, JSON-able; it is saved with the agent.
     """
 
     config_class: ClassVar[type]
@@ -55,6 +56,8 @@ class Agent:
     def __init__(self, envs: VectorEnv, policy: Any = None, seed: int = 0, **config: Any):
         self.config = _make_config(self.config_class, config)
         self.envs, self.seed = envs, seed
+        if not isinstance(envs, VectorEnv):
+            raise ValueError(f"envs must be a vector environment, got {type(envs).__name__}; use gym.make_vec")
         space = envs.single_observation_space
         if not {"input_ids", "attention_mask"} <= set(getattr(space, "spaces", ())):
             raise ValueError(f"envs must have Dict observations with input_ids and attention_mask, got {space}")
@@ -72,23 +75,42 @@ class Agent:
         self.generator = torch.Generator().manual_seed(seed)
         self._predict_generator = torch.Generator().manual_seed(seed)
         self.collector = Collector(envs, self.policy, self.generator, cfg.num_rounds)
-        self.kl_controller: FixedKL | AdaptiveKL | None = None
-        if hasattr(base, "kl_coef"):
-            target = getattr(cfg, "ref_kl_target", None)
-            self.kl_controller = (
-                FixedKL(base.kl_coef) if target is None else AdaptiveKL(base.kl_coef, target, cfg.kl_horizon)
-            )
+        self.kl_controller = self._make_kl_controller(base)
         self.num_timesteps = self.num_updates = self.total_timesteps = 0
+        self.state: dict[str, float] = {}
         self._started = False
         self._predict_engines: dict[Any, Any] = {}
+
+    def _make_kl_controller(self, base: Any) -> AdaptiveKL | None:
+        """None leaves kl_coef to whoever sets it on the environment."""
+        target = getattr(self.config, "ref_kl_target", None)
+        if target is None:
+            return None
+        if not hasattr(base, "kl_coef"):
+            raise ValueError(
+                f"ref_kl_target={target:g} steers the environment's kl_coef, and this environment has none"
+            )
+        controller = AdaptiveKL(base.kl_coef, target, self.config.kl_horizon)
+        # Its rule about the horizon would otherwise be met after the first update only.
+        copy.copy(controller).update(target, self.envs.num_envs * self.config.num_rounds)
+        return controller
 
     # ---- for the algorithm
 
     def make_optimizer(self, parameters: list[Tensor]) -> torch.optim.Optimizer:
-        """AdamW without weight decay, which would pull the policy towards 0 and not towards the reference."""
-        return torch.optim.AdamW(
-            parameters, lr=self.config.learning_rate, betas=(0.9, 0.999), eps=1e-5, weight_decay=0.0
-        )
+        """AdamW without weight decay, which would pull the policy towards 0 and not towards the reference.
+
+        The value head has a learning rate of its own: it starts at 0 while the trunk is trained already, and a critic
+        that lags behind the scores adds its own error to every advantage.
+        """
+        num_head = len(list(self.policy.value_head.parameters()))
+        groups = [
+            {"params": parameters[:-num_head], "lr": self.config.learning_rate},
+            {"params": parameters[-num_head:], "lr": self.config.value_learning_rate},
+        ]
+        for group in groups:
+            group["initial_lr"] = group["lr"]  # what schedules multiply
+        return torch.optim.AdamW(groups, betas=(0.9, 0.999), eps=1e-5, weight_decay=0.0)
 
     def update(self, rollout: Rollout) -> dict[str, float]:
         """Learn from one rollout; returns metrics. The algorithm."""
@@ -125,8 +147,11 @@ class Agent:
                 rollout = self.collector.collect(progress.tokens, seed=None if self._started else self.seed)
                 self._started = True
                 progress.start_update()
-                self.num_timesteps += rollout.num_tokens
+                self.optimizer.zero_grad()  # an update that was interrupted half-way may have left some
                 metrics = self.update(rollout)
+                # Counted when they have been learnt from: schedules begin at 1, and an interrupted update is made
+                # again.
+                self.num_timesteps += rollout.num_tokens
                 self.num_updates += 1
                 self._invalidate()
                 metrics = rollout_metrics(self, rollout) | metrics | progress.end_update(rollout)
@@ -184,6 +209,8 @@ class Agent:
     def _cached_engine(self, model: Any, ids: Tensor) -> Any:
         key = (id(model), *ids.shape)
         if key not in self._predict_engines:
+            while len(self._predict_engines) >= 4:  # each holds a cache of its batch's size
+                del self._predict_engines[next(iter(self._predict_engines))]
             self._predict_engines[key] = make_engine(model, *ids.shape)
         return self._predict_engines[key]
 
@@ -220,6 +247,7 @@ class Agent:
                 "seed": self.seed,
                 "num_timesteps": self.num_timesteps,
                 "num_updates": self.num_updates,
+                "state": self.state,
                 "optimizer": scalars,
                 "kl_controller": self.kl_controller.state_dict() if self.kl_controller else None,
                 "prompt_order": base.prompt_order_state() if hasattr(base, "prompt_order_state") else None,
@@ -246,17 +274,27 @@ class Agent:
             agent.policy.critic.load_state_dict(critic.state_dict())
         agent.policy.value_head.load_state_dict(load_file(folder / "value_head.safetensors"))
         tensors = load_file(folder / "trainer_state.safetensors")
+        agent.num_timesteps, agent.num_updates = state["num_timesteps"], state["num_updates"]
         agent.generator.set_state(tensors.pop("generator"))
         agent._predict_generator.set_state(tensors.pop("predict_generator"))
         agent.optimizer.load_state_dict(tensors, state["optimizer"])
         if agent.kl_controller is not None and state["kl_controller"]:
             agent.kl_controller.load_state_dict(state["kl_controller"])
             env.unwrapped.kl_coef = agent.kl_controller.coef
-        if state["prompt_order"] is not None and hasattr(env.unwrapped, "load_prompt_order_state"):
-            env.unwrapped.load_prompt_order_state(state["prompt_order"])
-        agent.num_timesteps, agent.num_updates = state["num_timesteps"], state["num_updates"]
-        agent._started = agent.num_updates > 0
+        # In an environment of other prompts or another width (to act in, say) their order starts anew.
+        agent._started = agent.num_updates > 0 and _restore_prompt_order(env.unwrapped, state["prompt_order"])
+        agent.state = state["state"]
         return agent
+
+
+def _restore_prompt_order(base: Any, states: list[Any] | None) -> bool:
+    """Continue the saved orders of prompts; False where the environment's rows or prompts are not those."""
+    if states is None or not hasattr(base, "load_prompt_order_state") or len(states) != base.num_envs:
+        return False
+    if any(state is not None and state["num_prompts"] != len(base.prompts) for state in states):
+        return False
+    base.load_prompt_order_state(states)
+    return True
 
 
 def _make_config(config_class: type, values: dict[str, Any]) -> Any:

@@ -39,8 +39,9 @@ def rollout_metrics(agent: Agent, rollout: Rollout) -> dict[str, float]:
         "objective/entropy": -batch.logprobs.sum(1).mean().item(),
         "val/num_eos_tokens": batch.ended_by_eos.float().sum().item(),
     }
-    if agent.kl_controller is not None:
-        metrics["objective/kl_coef"] = agent.kl_controller.coef
+    kl_coef = getattr(agent.envs.unwrapped, "kl_coef", None)
+    if kl_coef is not None:
+        metrics["objective/kl_coef"] = kl_coef
     for name, term in rollout.terms.items():
         values = term.cpu().numpy() if hasattr(term, "cpu") else np.asarray(term)
         if not np.isnan(values).all():

@@ -38,7 +38,8 @@ class Policy(nn.Module):
         super().__init__()
         if critic not in CRITICS:
             raise ValueError(f"critic must be one of {', '.join(map(repr, CRITICS))}, got {critic!r}")
-        self.model = model.requires_grad_(True)
+        # Layers that the caller has frozen stay so; a reference's copy comes frozen altogether.
+        self.model = model if any(p.requires_grad for p in model.parameters()) else model.requires_grad_(True)
         self.critic = copy.deepcopy(model) if critic == "separate" else None
         self.token_filter = token_filter or TokenFilter()
         head = model.get_output_embeddings()

@@ -22,6 +22,7 @@ Metrics beside those of every agent: ``train/approx_kl`` (old to new policy, nat
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
 from dataclasses import dataclass, replace
 
@@ -47,6 +48,9 @@ class PPOConfig:
 
     Attributes:
         learning_rate: Of AdamW, at the start, > 0.
+        value_learning_rate: Of the value head. None: ten times ``learning_rate``, but not above .05 (nor below it):
+            Adam moves a weight by about its learning rate a step, and a table's values would jump by a good part of a
+            score.
         lr_schedule: "linear" (to 0 at ``total_timesteps``) or "constant".
         num_rounds: Episodes per environment row in a rollout: num_envs * num_rounds responses are learnt from at once.
         num_epochs: Passes over each rollout.
@@ -68,7 +72,8 @@ class PPOConfig:
         dtype: "auto", "float32" or "bfloat16" (with float32 master weights).
     """
 
-    learning_rate: float = 3e-4
+    learning_rate: float = 1e-4
+    value_learning_rate: float | None = None
     lr_schedule: str = "linear"
     num_rounds: int = 1
     num_epochs: int = 4
@@ -88,14 +93,27 @@ class PPOConfig:
     dtype: str = "auto"
 
     def __post_init__(self) -> None:
-        for name in ("num_rounds", "num_epochs", "num_minibatches"):
-            if not (isinstance(getattr(self, name), int) and getattr(self, name) >= 1):
-                raise ValueError(f"{name} must be an integer >= 1, got {getattr(self, name)!r}")
-        if self.micro_batch_size is not None and self.micro_batch_size < 1:
-            raise ValueError(f"micro_batch_size must be None or >= 1, got {self.micro_batch_size}")
-        for name in ("learning_rate", "max_grad_norm", "kl_horizon"):
-            if not getattr(self, name) >= 0 or (name != "learning_rate" and getattr(self, name) == 0):
-                raise ValueError(f"{name} must be > 0, got {getattr(self, name)}")
+        if isinstance(self.learning_rate, (bool, str)):
+            raise ValueError(f"learning_rate must be a finite number >= 0, got {self.learning_rate!r}")
+        if self.value_learning_rate is None:
+            rate = max(self.learning_rate, min(10 * self.learning_rate, 0.05))
+            object.__setattr__(self, "value_learning_rate", rate)
+        rules = {
+            "num_rounds num_epochs num_minibatches": ("an integer >= 1", lambda x: type(x) is int and x >= 1),
+            "micro_batch_size": ("None or an integer >= 1", lambda x: x is None or (type(x) is int and x >= 1)),
+            "learning_rate value_learning_rate vf_coef ent_coef": ("a finite number >= 0", lambda x: 0 <= x < math.inf),
+            "gamma gae_lambda clip_range": ("a number in [0, 1]", lambda x: 0 <= x <= 1),
+            "max_grad_norm kl_horizon": ("a number > 0", lambda x: x > 0),
+            "target_kl ref_kl_target clip_range_vf": (
+                "None or a finite number > 0",
+                lambda x: x is None or 0 < x < math.inf,
+            ),
+        }
+        for names, (rule, holds) in rules.items():
+            for name in names.split():
+                value = getattr(self, name)
+                if isinstance(value, (bool, str)) or not holds(value):
+                    raise ValueError(f"{name} must be {rule}, got {value!r}")
         if self.lr_schedule not in ("linear", "constant"):
             raise ValueError(f'lr_schedule must be "linear" or "constant", got {self.lr_schedule!r}')
 
@@ -119,11 +137,11 @@ class PPO(Agent):
         advantages = gae(batch.rewards, batch.values, mask, gamma=cfg.gamma, gae_lambda=cfg.gae_lambda)
         returns = advantages + batch.values  # before any scaling: the critic predicts rewards, not whitened ones
         advantages = advantages - masked_mean(advantages, mask)
-        advantages = advantages / advantage_scale(advantages, batch.scores, mask)
+        advantages = advantages / advantage_scale(advantages, batch.scores, mask).clamp(min=self._score_spread(batch))
 
-        learning_rate = cfg.learning_rate * (self.progress_remaining if cfg.lr_schedule == "linear" else 1.0)
+        remaining = self.progress_remaining if cfg.lr_schedule == "linear" else 1.0
         for group in self.optimizer.optimizer.param_groups:
-            group["lr"] = learning_rate
+            group["lr"] = group["initial_lr"] * remaining
 
         stats: dict[str, list[float]] = defaultdict(list)
         num_steps, stopped = 0, False
@@ -154,7 +172,7 @@ class PPO(Agent):
                 "train/entropy_loss": -mean["entropy"],
                 "train/explained_variance": explained_variance(batch.values, returns, mask),
                 "train/grad_norm": mean.get("grad_norm", 0.0),
-                "train/learning_rate": learning_rate,
+                "train/learning_rate": cfg.learning_rate * remaining,
                 "train/n_updates": num_steps,
                 "train/logprob_mismatch": mismatch,
                 "policy/approxkl_avg": mean["approx_kl"],
@@ -166,6 +184,17 @@ class PPO(Agent):
                 "val/ratio": mean["ratio"],
             }
         )
+
+    def _score_spread(self, batch: Batch) -> float:
+        """The spread of the scores in the rollouts of late, which fades by 1 % an update.
+
+        One rollout may have none (all of it right, or all wrong); dividing by the noise that is left would then make a
+        step many times as large as those that Adam has seen, and can undo the training in one update.
+        """
+        self.state["score_spread"] = max(
+            batch.scores.std(correction=0).item(), 0.99 * self.state.get("score_spread", 0.0)
+        )
+        return self.state["score_spread"]
 
     @torch.no_grad()
     def _training_logprobs(self, batch: Batch) -> tuple[Batch, float]:

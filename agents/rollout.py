@@ -21,6 +21,8 @@ from .batch import Batch, Rollout
 from .policy import Policy
 from .stepping import collect_by_stepping
 
+ROWS_PER_PASS = 32  # passes beside the sampling hold logits of so many responses at a time
+
 
 class Collector:
     """Collects rollouts of a policy in an environment.
@@ -64,18 +66,22 @@ class Collector:
                 rollout = collect_by_stepping(self.envs, self.policy, self._engine, uniforms, progress, seed)
             if self.policy.critic is not None:
                 # A critic with a trunk of its own did not run while the policy sampled.
-                rollout.batch = replace(rollout.batch, values=self.policy(rollout.batch)[1])
+                values = torch.zeros_like(rollout.batch.values)
+                for rows in torch.arange(len(values), device=values.device).split(ROWS_PER_PASS):
+                    part = rollout.batch.rows(rows)
+                    values[rows, : part.response_ids.shape[1]] = self.policy(part)[1]
+                rollout.batch = replace(rollout.batch, values=values)
             return rollout
 
     def _whole_responses(self, uniforms: Tensor, progress: Callable[[int], None] | None, seed: int | None) -> Rollout:
         envs, policy = self.envs, self.policy
-        prompts, index, texts = [], [], []
+        prompts, index = [], []
         for round_number in range(self.num_rounds):
             observation, info = envs.reset(seed=seed if round_number == 0 else None)
-            for row, length in enumerate(observation["attention_mask"].sum(1)):
-                prompts.append(torch.as_tensor(observation["input_ids"][row][: int(length)]))
-                index.append(int(info["prompt_index"][row]))
-                texts.append(envs.prompts[index[-1]].text)
+            ids = torch.as_tensor(observation["input_ids"])
+            prompts += [row[:n] for row, n in zip(ids, observation["attention_mask"].sum(1).tolist(), strict=True)]
+            index += info["prompt_index"].tolist()
+        texts = [envs.prompts[i].text for i in index]
         if policy.token_filter.uses_reference and self._reference_engine is None:
             self._reference_engine = make_engine(envs.language_model.model, envs.num_envs, self.width)
         responses = generate(
@@ -108,9 +114,12 @@ class Collector:
             kl=torch.zeros_like(result.rewards) if result.kl is None else result.kl,
         )
         if policy.token_filter.uses_reference:
-            lengths = prompt_lengths + batch.response_mask.sum(1)
-            logits, _ = response_logits(
-                envs.language_model.model, ids, lengths, prompt_lengths - 1, self.max_response_tokens
-            )
-            batch = replace(batch, allowed=policy.token_filter.mask(logits, keep=batch.response_ids))
+            model, lengths = envs.language_model.model, prompt_lengths + batch.response_mask.sum(1)
+            allowed = []
+            for rows in torch.arange(len(ids), device=ids.device).split(ROWS_PER_PASS):
+                logits, _ = response_logits(
+                    model, ids[rows], lengths[rows], prompt_lengths[rows] - 1, self.max_response_tokens
+                )
+                allowed.append(policy.token_filter.mask(logits, keep=batch.response_ids[rows]))
+            batch = replace(batch, allowed=torch.cat(allowed))
         return Rollout(batch, texts, result.completions, result.terms)

@@ -162,12 +162,13 @@ def test_whole_responses_equal_stepping(rows, seed, kind, kl_coef, estimator, te
         info["prompt_index"],
     )
     stepped, refs, ends = play(envs, np.where(mask, ids, 0), logprobs)
-    np.testing.assert_allclose(whole.rewards, stepped, atol=1e-5)
+    # Relative too: k3 is an exponential, and reaches hundreds where the two models disagree.
+    np.testing.assert_allclose(whole.rewards, stepped, rtol=1e-5, atol=1e-5)
     np.testing.assert_allclose(whole.ref_logprobs, refs, atol=1e-5)
-    np.testing.assert_allclose(whole.kl.sum(1), [end[2] for end in ends], atol=1e-4)
+    np.testing.assert_allclose(whole.kl.sum(1), [end[2] for end in ends], rtol=1e-5, atol=1e-4)
     np.testing.assert_allclose(whole.scores, [end[1] for end in ends], atol=1e-5)
     if term == "both":  # statement 9: what was paid is the score minus the penalty, full-length rows too
-        np.testing.assert_allclose(stepped.sum(1), whole.scores - kl_coef * whole.kl.sum(1), atol=1e-4)
+        np.testing.assert_allclose(stepped.sum(1), whole.scores - kl_coef * whole.kl.sum(1), rtol=1e-5, atol=1e-4)
 
 
 @pytest.mark.parametrize("mode", ["next_step", "same_step", "disabled"])

@@ -400,3 +400,88 @@ def test_trains_on_any_vector_env_of_text():
     )
     assert np.mean(seen[-3:]) > seen[0] + 0.5
     assert agent.kl_controller is None and agent.tokenizer is None
+
+
+def test_even_a_single_rollout_learns():
+    """Schedules begin at 1: a run no longer than one rollout must not be made with learning rate 0."""
+    agent, seen = PPO(envs(), seed=0), []
+    before = weights(agent.policy)
+    agent.learn(1, callback=lambda _, m: seen.append(m["train/learning_rate"]))
+    assert seen == [agent.config.learning_rate]
+    assert any(not torch.equal(before[k], v) for k, v in weights(agent.policy).items())
+
+
+def test_kl_coef_belongs_to_the_environment(tmp_path):
+    """Without a controller the agent neither writes kl_coef back nor brings a saved one along."""
+    world = envs()
+    agent = PPO(world, seed=0)
+    world.kl_coef, seen = 0.5, []
+    agent.learn(120, callback=lambda _, m: seen.append(m["objective/kl_coef"]))
+    assert world.kl_coef == 0.5 and set(seen) == {0.5}
+    agent.save(tmp_path / "agent")
+    free = make_envs(4, kl_coef=0.0, prompts=["the"])  # other rows and prompts: their order starts anew
+    PPO.load(tmp_path / "agent", env=free).learn(agent.num_timesteps + 20)
+    assert free.kl_coef == 0.0
+
+
+def test_an_interrupted_update_leaves_no_trace():
+    interrupted = PPO(envs(), seed=0, micro_batch_size=1)
+    original, calls = interrupted.policy.forward, []
+
+    def fail_later(*args, **kwargs):
+        calls.append(1)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return original(*args, **kwargs)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(interrupted.policy, "forward", fail_later)
+        with pytest.raises(KeyboardInterrupt):
+            interrupted.learn(100)
+    assert interrupted.num_timesteps == interrupted.num_updates == 0
+    assert any(p.grad is not None for p in interrupted.policy.parameters())
+    interrupted.learn(1)
+    assert all(p.grad is None for p in interrupted.policy.parameters())
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "rule"),
+    [
+        ("gamma", 2, r"gamma must be a number in \[0, 1\], got 2"),
+        ("clip_range", -1, "clip_range must be"),
+        ("vf_coef", float("nan"), "vf_coef must be a finite number >= 0, got nan"),
+        ("target_kl", -1, "target_kl must be None or"),
+        ("num_epochs", True, "num_epochs must be an integer >= 1, got True"),
+        ("learning_rate", "x", "learning_rate must be"),
+        ("ref_kl_target", 0, "ref_kl_target must be"),
+        ("kl_horizon", 0, "kl_horizon must be a number > 0"),
+    ],
+)
+def test_config_rules(field, value, rule):
+    with pytest.raises(ValueError, match=rule):
+        PPO(envs(), **{field: value})
+
+
+def test_what_is_not_a_vector_env_and_frozen_layers():
+    with pytest.raises(ValueError, match="use gym.make_vec"):
+        PPO(gym.make("CartPole-v1"))
+    with pytest.raises(ValueError, match="horizon"):
+        PPO(envs(), ref_kl_target=1.0, kl_horizon=1.0)
+    lm = model()
+    lm.transformer.h[0].requires_grad_(False)
+    agent = PPO(envs(model=model(seed=1)), policy=lm, seed=0, learning_rate=1e-2)
+    before = weights(lm.transformer.h[0])
+    agent.learn(60)
+    assert all(torch.equal(before[k], v) for k, v in lm.transformer.h[0].state_dict().items())
+
+
+def test_equal_scores_do_not_blow_up_noise():
+    """Once every score of a rollout is the same, the spread of the rollouts before is the floor."""
+    agent = PPO(envs(), seed=0)
+    batch = collected(agent)
+    spread = agent._score_spread(batch)
+    assert spread == pytest.approx(batch.scores.std(correction=0).item())
+    from dataclasses import replace
+
+    same = replace(batch, scores=torch.ones_like(batch.scores))
+    assert agent._score_spread(same) == pytest.approx(0.99 * spread)

@@ -21,7 +21,7 @@ from torch import Tensor
 from rlhf_gym.envs.prompts import Prompt, PromptEncoder, PromptOrder, read_prompts
 from rlhf_gym.envs.scoring import ScoredResponses, Scorer
 from rlhf_gym.kl import estimate_kl, exact_kl
-from rlhf_gym.lm import Engine, LanguageModel, TokenFilter, load_language_model, make_engine
+from rlhf_gym.lm import Engine, LanguageModel, TokenFilter, load_language_model, make_engine, pad_sequences
 from rlhf_gym.rewards import as_reward
 
 STOP_REASONS = ("", "eos", "length")  # index = the int8 code of torch mode
@@ -264,12 +264,7 @@ class TextGenerationProcess:
             return None
         announced = self._announced
         exact = announced.dim() == 2
-        if exact:
-            ok = (announced.exp().sum(-1) - 1).abs() < 1e-2
-            rule = "log-probs over the vocabulary must be normalised (their exp sums to 1)"
-        else:
-            ok = torch.isfinite(announced) & (announced <= 1e-3)
-            rule = "log-probs must be finite and <= 0"
+        ok, rule = are_logprobs(announced, exact)
         if bool((active & ~ok).any()):
             row = int((active & ~ok).nonzero()[0])
             raise ValueError(
@@ -320,21 +315,30 @@ class TextGenerationProcess:
 
     # ---- the process
 
-    def begin(self, row: int, prompt: Prompt) -> None:
-        """Start an episode in a row. Costs no forward: the ids are the state, the cache is a memo filled when next
-        needed."""
-        p = len(prompt.ids)
-        self.ids[row] = self.pad_token_id
-        self.ids[row, :p] = prompt.ids.to(self.device)
-        self.lengths[row] = self.prompt_lengths[row] = p
-        self.ended[row] = False
-        self.kl_sums[row] = self.reward_sums[row] = 0.0
-        self.step_rewards[row] = 0.0
-        self.row_prompts[row], self.row_results[row] = prompt, {}
+    def begin(self, rows: Sequence[int], prompts: Sequence[Prompt]) -> None:
+        """Start episodes in some rows, each with its prompt; what was announced for them is forgotten.
+
+        Costs no forward: the ids are the state, the cache is a memo that is filled when next needed.
+        """
+        index = torch.tensor(rows, device=self.device)
+        ids, lengths = pad_sequences([p.ids for p in prompts], pad_token_id=self.pad_token_id)
+        ids = torch.nn.functional.pad(ids, (0, self.max_tokens - ids.shape[1]), value=self.pad_token_id)
+        self.ids[index] = ids.to(self.device)
+        self.lengths[index] = self.prompt_lengths[index] = lengths.to(self.device)
+        self.ended[index] = False
+        self.kl_sums[index] = self.reward_sums[index] = 0.0
+        self.step_rewards[index] = 0.0
+        for row, prompt in zip(rows, prompts, strict=True):
+            self.row_prompts[row], self.row_results[row] = prompt, {}
+        if self._announced is not None:
+            if len(rows) == self.num_rows:
+                self._announced = None
+            else:
+                self._announced[index] = torch.nan
         if self._engine is not None:
             # The memo would find a prompt that it has seen before; the last bits of its answer would then depend on
             # what the row did before.
-            self._engine.forget(torch.tensor([row], device=self.device))
+            self._engine.forget(index)
 
     def response_ids(self, row: int) -> list[int]:
         """Tokens of the response so far."""
@@ -504,7 +508,17 @@ class TextGenerationProcess:
         return state
 
     def restore_state(self, state: dict[str, Any]) -> None:
-        """Go back to a state taken by ``clone_state`` of this process; the state stays usable."""
+        """Go back to a state taken by ``clone_state`` of this process; the state stays usable.
+
+        Raises:
+            ValueError: If it is that of a process of other sizes. Nothing has changed then.
+        """
+        for name in self._TENSORS:  # first, for copy_ would broadcast one row to all
+            if state[name].shape != getattr(self, name).shape:
+                raise ValueError(
+                    f"the state is another environment's: its {name} has shape {tuple(state[name].shape)}, here it is "
+                    f"{tuple(getattr(self, name).shape)}; restore it where it was cloned"
+                )
         for name in self._TENSORS:
             getattr(self, name).copy_(state[name])
         self._announced = None if state["announced"] is None else state["announced"].clone()
@@ -513,6 +527,21 @@ class TextGenerationProcess:
             self._engine.invalidate() if state["engine"] is None else self._engine.restore(state["engine"])
         self.row_prompts, self.row_results = list(state["row_prompts"]), copy.deepcopy(state["row_results"])
         self._orders = copy.deepcopy(state["orders"])
+
+
+def are_logprobs(x: Tensor, exact: bool) -> tuple[Tensor, str]:
+    """Which entries are log-probs, and the rule that the others break.
+
+    Args:
+        x: Log-probs of tokens in nats, (...), or with ``exact`` of the whole vocabulary, (..., V).
+
+    Returns:
+        Bool (...), and the rule in words.
+    """
+    if exact:
+        ok = (x.exp().sum(-1) - 1).abs() < 1e-2
+        return ok, "log-probs over the vocabulary must be normalised (their exp sums to 1)"
+    return torch.isfinite(x) & (x <= 1e-3), "log-probs must be finite and <= 0"
 
 
 def _check_count(name: str, value: Any) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import difflib
 import json
 from collections.abc import Iterable, Mapping, Sequence
@@ -184,10 +185,24 @@ class PromptOrder:
 
     def state_dict(self) -> dict[str, Any]:
         """JSON-able state; small, since the shuffle is redrawn and not stored."""
-        return {"np_random": self._before, "cursor": self._cursor}
+        return {"np_random": self._before, "cursor": self._cursor, "num_prompts": self.num_prompts}
+
+    def __deepcopy__(self, memo: dict) -> PromptOrder:
+        """A copy that goes its own way; the shuffle itself is never changed in place and is shared."""
+        other = copy.copy(self)
+        other.np_random = copy.deepcopy(self.np_random, memo)
+        return other
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Continue exactly where ``state_dict`` was taken."""
+        """Continue exactly where ``state_dict`` was taken.
+
+        Raises:
+            ValueError: If it was taken with another number of prompts.
+        """
+        if state["num_prompts"] != self.num_prompts:
+            raise ValueError(
+                f"the saved order is one of {state['num_prompts']} prompts, this environment has {self.num_prompts}"
+            )
         self.np_random.bit_generator.state = state["np_random"]
         self._shuffle()
         self._cursor = int(state["cursor"])

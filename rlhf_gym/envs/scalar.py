@@ -14,11 +14,12 @@ from rlhf_gym.envs.core import STOP_REASONS, TextGenerationProcess
 from rlhf_gym.envs.episodes import ResponseRewards, evaluate_responses
 from rlhf_gym.envs.options import parse_options
 from rlhf_gym.envs.render import render_ansi, render_rgb
+from rlhf_gym.envs.settings import TaskSettings, check_argument_names
 from rlhf_gym.envs.vector import make_spaces
 from rlhf_gym.envs.view import episode_view
 
 
-class TextGenerationEnv(gym.Env):
+class TextGenerationEnv(TaskSettings, gym.Env):
     """Text generation as a Markov decision process, one episode at a time.
 
     Description, spaces, rewards and information are those of :class:`rlhf_gym.envs.vector.TextGenerationVectorEnv` for
@@ -36,24 +37,10 @@ class TextGenerationEnv(gym.Env):
             )
         if render_mode is not None and render_mode not in self.metadata["render_modes"]:
             raise ValueError(f"render_mode must be None or one of {self.metadata['render_modes']}, got {render_mode!r}")
+        check_argument_names(task, ("render_mode",))
         self.process = TextGenerationProcess(1, **task)
         self.num_envs, self.output, self.render_mode = 1, output, render_mode
         self.observation_space, self.action_space = make_spaces(self.process)
-
-    def __getattr__(self, name: str) -> Any:
-        # As in the vector environment: the task's settings are the process's.
-        if name.startswith("_") or name == "process":
-            raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
-        return getattr(self.process, name)
-
-    @property
-    def kl_coef(self) -> float:
-        """Weight of the KL penalty per nat; settable between episodes."""
-        return self.process.kl_coef
-
-    @kl_coef.setter
-    def kl_coef(self, value: float) -> None:
-        self.process.kl_coef = value
 
     @property
     def spec(self) -> EnvSpec | None:
@@ -90,7 +77,7 @@ class TextGenerationEnv(gym.Env):
         super().reset(seed=seed)
         if seed is not None or self.process._orders[0] is None:
             self.process.seed_row(0, self.np_random)
-        self.process.begin(0, parsed.prompts[0] if parsed.prompts else self.process.next_prompt(0))
+        self.process.begin([0], parsed.prompts or [self.process.next_prompt(0)])
         if self.render_mode == "human":
             self.render()
         return self._observation(), self._describe_observation()

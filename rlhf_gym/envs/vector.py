@@ -17,12 +17,13 @@ from rlhf_gym.envs.core import STOP_REASONS, TextGenerationProcess, Transition
 from rlhf_gym.envs.episodes import ResponseRewards, evaluate_responses
 from rlhf_gym.envs.options import ResetOptions, parse_options
 from rlhf_gym.envs.render import render_ansi, render_rgb
+from rlhf_gym.envs.settings import TaskSettings, check_argument_names
 from rlhf_gym.envs.view import episode_view
 
 OUTPUTS = ("numpy", "torch")
 
 
-class TextGenerationVectorEnv(VectorEnv):
+class TextGenerationVectorEnv(TaskSettings, VectorEnv):
     """Text generation as a batched Markov decision process.
 
     ## Description
@@ -93,6 +94,7 @@ class TextGenerationVectorEnv(VectorEnv):
         self._mode = _autoreset_mode(autoreset_mode)
         if render_mode is not None and render_mode not in self.metadata["render_modes"]:
             raise ValueError(f"render_mode must be None or one of {self.metadata['render_modes']}, got {render_mode!r}")
+        check_argument_names(task, ("num_envs", "output", "autoreset_mode", "render_mode"))
         self.process = TextGenerationProcess(num_envs, **task)
         self.num_envs, self.output, self.render_mode = num_envs, output, render_mode
         # On the instance: a class attribute would change the mode of every other environment.
@@ -103,22 +105,6 @@ class TextGenerationVectorEnv(VectorEnv):
         self._pending = torch.zeros(
             num_envs, dtype=torch.bool, device=self.process.device
         )  # rows that the next step resets
-
-    def __getattr__(self, name: str) -> Any:
-        # The task's settings (kl_coef, language_model, prompts, ...) are the process's; only names that this class
-        # lacks arrive here.
-        if name.startswith("_") or name == "process":
-            raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
-        return getattr(self.process, name)
-
-    @property
-    def kl_coef(self) -> float:
-        """Weight of the KL penalty per nat; settable between rollouts."""
-        return self.process.kl_coef
-
-    @kl_coef.setter
-    def kl_coef(self, value: float) -> None:
-        self.process.kl_coef = value
 
     # ---- Gymnasium
 
@@ -135,8 +121,8 @@ class TextGenerationVectorEnv(VectorEnv):
         """
         parsed = parse_options(self.process, options)
         seeds = self._row_seeds(seed)
-        if isinstance(seed, int):
-            super().reset(seed=seed)
+        if isinstance(seed, (int, np.integer)):
+            super().reset(seed=int(seed))
         for row, row_seed in enumerate(seeds):
             if row_seed is not None and parsed.rows[row]:
                 self.process.seed_row(row, seeding.np_random(row_seed)[0])
@@ -221,25 +207,34 @@ class TextGenerationVectorEnv(VectorEnv):
 
     def restore_state(self, state: Mapping[str, Any]) -> None:
         """Go back to a state that ``clone_state`` of this environment gave; it may be restored any number of times."""
+        pending = state["pending"]
         self.process.restore_state(state["process"])
-        self._pending.copy_(state["pending"])
+        self._pending.copy_(pending)
 
     # ---- inside
 
     def _begin(self, options: ResetOptions) -> None:
-        for row in (i for i, chosen in enumerate(options.rows) if chosen):
-            self.process.begin(row, options.prompts[row] if options.prompts else self.process.next_prompt(row))
-            self._pending[row] = False
+        rows = [row for row, chosen in enumerate(options.rows) if chosen]
+        prompts = [options.prompts[row] if options.prompts else self.process.next_prompt(row) for row in rows]
+        self.process.begin(rows, prompts)
+        self._pending[rows] = False
 
     def _row_seeds(self, seed: Any) -> list[int | None]:
-        if seed is None or isinstance(seed, (int, np.integer)):
-            if seed is not None and seed < 0:
-                raise ValueError(f"seed must be an integer >= 0, got {seed}")
-            return [None if seed is None else int(seed) + i for i in range(self.num_envs)]
-        seeds = [None if s is None else int(s) for s in seed]
-        if len(seeds) != self.num_envs:
+        """The seed of each row, once all of them have been checked."""
+        if seed is None:
+            return [None] * self.num_envs
+        several = not isinstance(seed, str) and np.ndim(seed) == 1
+        seeds = list(seed) if several else [seed]
+        if several and len(seeds) != self.num_envs:
             raise ValueError(f"a list of seeds must have one entry per row: {self.num_envs}, got {len(seeds)}")
-        return seeds
+        for i, one in enumerate(seeds):
+            if several and one is None:
+                continue
+            if isinstance(one, bool) or not isinstance(one, (int, np.integer)) or one < 0:
+                raise ValueError(f"{f'seed[{i}]' if several else 'seed'} must be an integer >= 0, got {one!r}")
+        if several:
+            return [None if one is None else int(one) for one in seeds]
+        return [int(seed) + i for i in range(self.num_envs)]
 
     def _out(self, x: Tensor) -> Any:
         """The one place where tensors leave: a copy, as numpy or torch."""
