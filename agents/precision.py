@@ -93,9 +93,19 @@ class MasterWeights:
 
         Returns:
             The norm before scaling. Shape (), float32.
+
+        Raises:
+            ValueError: If a gradient is NaN or infinite. The weights and the optimiser's state are as they were, the
+                gradients are forgotten.
         """
         self.accumulate()
         norm = nn.utils.clip_grad_norm_(self.masters, max_grad_norm)
+        if not bool(norm.isfinite()):
+            self.zero_grad()
+            raise ValueError(
+                f"the gradient's norm must be finite, got {norm.item()}; no step was taken. Lower the learning rate, or "
+                "look for extreme rewards"
+            )
         self.optimizer.step()
         self.copy_to_parameters()
         self.zero_grad()

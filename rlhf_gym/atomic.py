@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import glob
 import hashlib
 import json
 import os
@@ -13,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 CHECKSUMS = "checksums.json"
+_WINDOWS = os.name == "nt"
 
 
 def write_json(path: str | Path, value: Any) -> None:
@@ -52,6 +54,8 @@ def replaced_directory(directory: str | Path) -> Iterator[Path]:
             f"{directory} exists and was not written by an agent; choose another name, nothing was overwritten"
         )
     directory.parent.mkdir(parents=True, exist_ok=True)
+    for stale in directory.parent.glob(f".{glob.escape(directory.name)}.new-*"):  # left by a process that was killed
+        shutil.rmtree(stale, ignore_errors=True)
     temporary = Path(tempfile.mkdtemp(dir=directory.parent, prefix=f".{directory.name}.new-"))
     try:
         yield temporary
@@ -113,7 +117,9 @@ def _sha256(path: Path) -> str:
 
 
 def _sync(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
+    if _WINDOWS and path.is_dir():
+        return  # cannot be opened there
+    handle = os.open(path, os.O_RDWR if _WINDOWS else os.O_RDONLY)  # Windows syncs only what may be written
     try:
         os.fsync(handle)
     finally:

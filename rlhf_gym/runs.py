@@ -25,7 +25,8 @@ from typing import Any
 
 from rlhf_gym.atomic import verified_files, write_json
 
-# What --overwrite deletes, and nothing else: a mistyped path must not cost anyone a home directory.
+# What --overwrite deletes, and nothing else: a mistyped path must not cost anyone a home directory. Patterns: what a
+# killed process has left goes too, or a new run could be resumed from the old agent.
 OWN_NAMES = (
     "config.json",
     "metrics.csv",
@@ -37,6 +38,9 @@ OWN_NAMES = (
     "model",
     "README.md",
     "report.html",
+    ".metrics.csv.new",
+    ".model.previous",
+    ".model.new-*",
 )
 # Options that may differ between a run and its resumption.
 FREE_ON_RESUME = frozenset({"total_timesteps", "out", "overwrite", "resume", "progress_bar", "checkpoint_every"})
@@ -70,8 +74,7 @@ class RunDirectory:
         if earlier is not None and resume:
             self._check_same(earlier)
         elif earlier is not None and overwrite:
-            for name in OWN_NAMES:
-                target = self.path / name
+            for target in [found for name in OWN_NAMES for found in self.path.glob(name)]:
                 shutil.rmtree(target) if target.is_dir() else target.unlink(missing_ok=True)
         elif earlier is not None:
             raise ValueError(f"{self.path} holds a run already; choose another --out, or add --resume or --overwrite")
@@ -117,14 +120,25 @@ class RunDirectory:
         (self.path / f"samples_{when}.jsonl").write_text("".join(line + "\n" for line in lines), encoding="utf-8")
 
     def checkpoint(self, every: int) -> Callable[[Any, Mapping[str, float]], None]:
-        """A callback that saves the agent to ``model/`` at each ``every``-th update."""
+        """A callback that saves the agent to ``model/`` at each ``every``-th update, as `save` does."""
         counter = itertools.count(1)
 
         def save(agent: Any, metrics: Mapping[str, float]) -> None:
             if next(counter) % every == 0:
-                agent.save(self.model)
+                self.save(agent)
 
         return save
+
+    def save(self, agent: Any) -> None:
+        """Save the agent to ``model/``.
+
+        Raises:
+            ValueError: If the weights of its model are broken; what is there stays.
+        """
+        if not all(bool(weight.isfinite().all()) for weight in agent.policy_model.parameters()):
+            kept = f"{self.model} keeps the last checkpoint" if self.model.exists() else "there is no checkpoint"
+            raise ValueError(f"the agent at {agent.num_timesteps} tokens has weights that are NaN or infinite and is not saved; {kept}")
+        agent.save(self.model)
 
 
 class MetricsWriter:
@@ -148,7 +162,7 @@ class MetricsWriter:
         self._columns = list(dict.fromkeys(["timesteps", "seconds", *(name for row in rows for name in row)]))
         self._rewrite(rows)
         self._started = time.monotonic() - (float(rows[-1]["seconds"]) if rows else 0.0)
-        self._events = SummaryWriter(str(Path(directory) / "tensorboard"), purge_step=resume_at)
+        self._events = SummaryWriter(str(Path(directory) / "tensorboard"), purge_step=None if resume_at is None else resume_at + 1)
 
     def __call__(self, agent: Any, metrics: Mapping[str, float]) -> None:
         """Write one update's metrics under the agent's ``num_timesteps``."""

@@ -8,7 +8,9 @@ import sys
 from types import SimpleNamespace
 
 import pytest
+import torch
 
+from rlhf_gym.cli.train import train_agent
 from rlhf_gym.runs import MetricsWriter, RunDirectory, read_metrics, read_rows
 
 OPTIONS = {"agent": "ppo", "reward": ("m:f",), "total_timesteps": 10, "out": "x"}
@@ -44,6 +46,47 @@ def test_overwrite_deletes_only_what_a_run_makes(tmp_path):
     (run.path / "notes.txt").write_text("mine")
     RunDirectory(run.path, {**OPTIONS, "agent": "trpo"}, overwrite=True)
     assert sorted(p.name for p in run.path.iterdir()) == ["config.json", "notes.txt", "plots"]
+
+
+def test_overwrite_leaves_no_agent_of_a_killed_process(tmp_path):
+    run = RunDirectory(tmp_path / "x", OPTIONS)
+    for name in (".model.previous", ".model.new-abc"):
+        (run.path / name).mkdir()
+        (run.path / name / "trainer_state.json").write_text("{}")
+    (run.path / ".metrics.csv.new").write_text("")
+    RunDirectory(run.path, OPTIONS, overwrite=True)
+    assert sorted(p.name for p in run.path.iterdir()) == ["config.json", "plots"]
+    assert not RunDirectory(run.path, OPTIONS, resume=True).has_checkpoint
+
+
+class Breaking:
+    """An agent whose weights become NaN in the third update, after which it goes on or fails."""
+
+    def __init__(self, fails):
+        self.fails, self.num_timesteps, self.policy_model = fails, 0, torch.nn.Linear(1, 1)
+
+    def learn(self, total_timesteps, callback, progress_bar):
+        for update in range(1, 4):
+            if update == 3:
+                self.policy_model.bias.data.fill_(torch.nan)
+                if self.fails:
+                    raise ValueError("no token can be drawn")
+            self.num_timesteps += 10
+            for call in callback:
+                call(self, {})
+
+    def save(self, directory):
+        directory.mkdir(exist_ok=True)
+        (directory / "saved").write_text(str(self.num_timesteps))
+
+
+@pytest.mark.parametrize(("fails", "every"), [(True, 2), (False, 2), (False, 1)])
+def test_a_broken_agent_does_not_replace_the_last_checkpoint(tmp_path, fails, every):
+    run = RunDirectory(tmp_path / "x", OPTIONS)
+    with pytest.raises(ValueError, match="weights that are NaN or infinite and is not saved; .* keeps the last") as caught:
+        train_agent(Breaking(fails), run, 30, every, False)
+    assert str(caught.value).count("NaN") == 1 and ("no token" in str(caught.value)) == fails
+    assert (run.model / "saved").read_text() == "20"
 
 
 def test_file_in_the_way(tmp_path):
@@ -109,3 +152,15 @@ def test_tensorboard_has_the_same_numbers(tmp_path):
         writer(at(20), {"objective/kl": 0.5})
     events = EventAccumulator(str(tmp_path / "tensorboard")).Reload().Scalars("objective/kl")
     assert [(event.step, event.value) for event in events] == [(10, 0.25), (20, 0.5)]
+
+
+def test_resuming_keeps_the_event_of_the_checkpoint(tmp_path):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    with MetricsWriter(tmp_path) as writer:
+        for t in (10, 20, 30):
+            writer(at(t), {"a": t})
+    with MetricsWriter(tmp_path, resume_at=20) as writer:
+        writer(at(30), {"a": 33})
+    events = EventAccumulator(str(tmp_path / "tensorboard")).Reload().Scalars("a")
+    assert [(event.step, event.value) for event in events] == [(10, 10), (20, 20), (30, 33)]

@@ -161,3 +161,11 @@ def test_a_cut_of_each_model_for_itself_breaks_the_kl():
     pi = token_filter.logprobs(policy, token_filter.mask(policy))
     ref = token_filter.logprobs(reference, token_filter.mask(reference))
     assert (pi.exp() * (pi - ref))[0] == math.inf
+
+
+@pytest.mark.parametrize("bad", [math.nan, -math.inf])
+def test_what_cannot_be_drawn_from_is_refused(bad):
+    logprobs = torch.log_softmax(torch.zeros(3, 4), -1)
+    logprobs[1] = bad
+    with pytest.raises(ValueError, match="those of row 1 sum to"):
+        sample_tokens(logprobs, torch.rand(3, generator=torch.Generator().manual_seed(0)))

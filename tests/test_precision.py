@@ -216,3 +216,17 @@ def test_refusals():
     with pytest.raises(ValueError, match=r"optimizer.0.exp_avg has shape \(3,\)"):
         trainer.load_state_dict(wrong, scalars)
     assert all(torch.equal(a, b) for a, b in zip(before, trainer.masters, strict=True))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_gradient_that_is_not_finite_changes_nothing(dtype):
+    model, x, y = regression(dtype)
+    trainer = MasterWeights(model.parameters(), ADAM)
+    train(model, x, y, trainer, 2)
+    before = copy.deepcopy((model.state_dict(), trainer.state_dict()[0]))
+    (loss_of(model, x, y) * torch.nan).backward()
+    with pytest.raises(ValueError, match="norm must be finite, got nan; no step was taken"):
+        trainer.step(max_grad_norm=1.0)
+    for old, new in zip(before, (model.state_dict(), trainer.state_dict()[0]), strict=True):
+        assert all(torch.equal(old[name], new[name]) for name in old)
+    assert all(tensor.grad is None for tensor in (*trainer.parameters, *trainer.masters))

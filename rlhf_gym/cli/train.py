@@ -69,13 +69,18 @@ def train_agent(
             # A reward that fails after an hour must not cost the hour.
             if agent.num_timesteps == 0:
                 raise
-            agent.save(run_directory.model)
-            saved = f"the agent at {agent.num_timesteps} tokens is saved in {run_directory.model}"
+            try:
+                run_directory.save(agent)
+                saved = f"the agent at {agent.num_timesteps} tokens is saved in {run_directory.model}"
+            except ValueError as refusal:
+                if str(refusal) == str(error):
+                    raise
+                saved = str(refusal)
             if isinstance(error, ValueError):
                 raise ValueError(f"{error} ({saved})") from error
             print(f"rlhf-gym: {saved}", file=sys.stderr)
             raise
-        agent.save(run_directory.model)
+        run_directory.save(agent)
     return stop
 
 

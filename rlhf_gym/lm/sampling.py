@@ -145,9 +145,18 @@ def sample_tokens(logprobs: Tensor, uniforms: Tensor) -> Tensor:
 
     Returns:
         Tokens. Shape (B,), int64.
+
+    Raises:
+        ValueError: If a row holds NaN, as the log-probs of a model with broken weights do, or nothing that can be drawn.
     """
     cumulative = logprobs.exp().cumsum(-1)
     total = cumulative[:, -1]
+    if not bool((total > 0).all()):
+        row = int((~(total > 0)).nonzero()[0])
+        raise ValueError(
+            f"logprobs must give some token a probability above 0, but those of row {row} sum to {total[row].item()}; "
+            "NaN comes from a model whose weights are NaN or infinite"
+        )
     # Below the total, whatever the rounding: the first entry that exceeds it exists and has a probability above 0.
     threshold = torch.minimum(uniforms.to(total) * total, torch.nextafter(total, torch.zeros_like(total)))
     tokens = torch.searchsorted(cumulative, threshold[:, None], right=True)[:, 0]
