@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import warnings
 
@@ -119,13 +120,23 @@ def test_live_models_are_not_copied_by_the_spec():
 
 
 def state_of(env):
-    process = env.unwrapped.process
-    return [process.ids.clone(), process.lengths.clone(), process.ended.clone(), process.kl_sums.clone()]
+    """Everything that the future depends on, but for the cache, which is a memo."""
+    base = env.unwrapped
+    process = base.process
+    tensors = {name: getattr(process, name).clone() for name in process._TENSORS}
+    if process._announced is not None:
+        tensors["announced"] = process._announced.clone()
+    if hasattr(base, "num_envs") and hasattr(base, "_pending"):
+        tensors["pending"] = base._pending.clone()
+    return tensors, [list(process.row_prompts), copy.deepcopy(process.row_results), process.prompt_order_state()]
 
 
 def assert_unchanged(before, env):
-    for a, b in zip(before, state_of(env), strict=True):
-        torch.testing.assert_close(a, b, rtol=0, atol=0, equal_nan=True)
+    after = state_of(env)
+    assert before[0].keys() == after[0].keys() and before[1][1:] == after[1][1:]
+    assert all(a is b for a, b in zip(before[1][0], after[1][0], strict=True))
+    for name, tensor in before[0].items():
+        torch.testing.assert_close(tensor, after[0][name], rtol=0, atol=0, equal_nan=True)
 
 
 @pytest.mark.parametrize(
@@ -140,13 +151,13 @@ def assert_unchanged(before, env):
         ({"prompts": "no-such.jsonl"}, "there is no file 'no-such.jsonl'"),
         ({"prompts": "tiny-review"}, "did you mean the packaged 'tiny-reviews'"),
         ({"reward": None}, "reward is missing"),
-        ({"reward": "sentimet"}, "sentiment"),
+        ({"reward": "sentimet"}, "did you mean 'sentiment'"),
         ({"reward": lambda completions, answer: [0.0] * len(completions)}, "asks for the column 'answer'"),
         ({"kl_coef": -1}, "kl_coef must be a finite number >= 0"),
         ({"kl_term": "half"}, "kl_term must be one of"),
         ({"kl_estimator": "k9"}, "kl_estimator must be one of"),
-        ({"temperature": 0}, "temperature"),
-        ({"top_k": 0}, "top_k"),
+        ({"temperature": 0}, "temperature must be a finite number above 0, got 0"),
+        ({"top_k": 0}, "top_k must be None or an integer of at least 1, got 0"),
         ({"allowed_tokens": [V]}, "allowed_tokens must be token ids"),
         ({"max_response_tokens": 0}, "max_response_tokens must be an integer >= 1"),
         ({"max_response_tokens": 30}, "must fit the model's context of 32 tokens, got 4"),
@@ -184,7 +195,7 @@ def test_without_a_reference():
 def test_tokenizer_of_another_model():
     small = model()
     big = tokenizer().__class__(tokenizer_object=_big_tokenizer(), eos_token="<eos>", pad_token="<pad>")
-    with pytest.raises(ValueError, match="tokenizer"):
+    with pytest.raises(ValueError, match="tokenizer does not fit the model .* it has the id 52"):
         make_envs(2, model=small, tokenizer=big)
 
 
@@ -306,7 +317,7 @@ def _raises(completions):
     ("reward", "message"),
     [
         (_raises, "switch.*no connection"),
-        (lambda completions: [1.0], "1"),
+        (lambda completions: [1.0], "returned 1 values for 2 responses"),
         (lambda completions: [float("nan")] * len(completions), "nan|NaN"),
         (lambda completions: ["1"] * len(completions), "str"),
         (lambda completions: [True] * len(completions), "bool"),
@@ -364,6 +375,47 @@ def test_bad_reset_options_change_nothing(options, message):
     assert_unchanged(before, envs)
 
 
+@pytest.mark.parametrize("seed", [-1, 1.5, True, "7", [5, -1], [5, 1.5], [5, True], [5], [[5, 6]]], ids=repr)
+def test_bad_seeds_change_nothing(seed):
+    """All of a list is checked before its first row is seeded: the rows' orders of prompts go on as if unasked."""
+    envs, unasked = make_envs(2), make_envs(2)
+    for each in (envs, unasked):
+        each.reset(seed=0)
+        each.step(np.array([5, 6]))
+    before = state_of(envs)
+    with pytest.raises(ValueError, match="seed"):
+        envs.reset(seed=seed)
+    assert_unchanged(before, envs)
+    for _ in range(5):
+        np.testing.assert_array_equal(envs.reset()[1]["prompt_index"], unasked.reset()[1]["prompt_index"])
+
+
+@pytest.mark.parametrize("name", ["reward", "temperature", "prompts", "top_k", "max_response_tokens", "language_model"])
+@pytest.mark.parametrize("make", [make_env, make_envs])
+def test_settings_other_than_kl_coef_are_fixed(name, make):
+    """Set on the environment they would be stored there, and change nothing."""
+    env = make().unwrapped
+    with pytest.raises(AttributeError, match=f"{name} is fixed when the environment is made"):
+        setattr(env, name, 1)
+    env.kl_coef = 0.25
+    env.render_mode, env.note = "ansi", "mine"  # what is the environment's own, or nobody's, is free
+    assert (env.kl_coef, env.process.kl_coef, env.note) == (0.25, 0.25, "mine")
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("max_episode_steps", "use max_response_tokens"),
+        ("temprature", "did you mean 'temperature'"),
+        ("autoreset", "did you mean 'autoreset_mode'"),
+        ("xyz", "arguments: model, tokenizer, prompts"),
+    ],
+)
+def test_unknown_arguments(name, message):
+    with pytest.raises(TypeError, match=f"no argument '{name}'.*{message}"):
+        make_envs(2, **{name: 2})
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -371,15 +423,23 @@ def test_bad_reset_options_change_nothing(options, message):
         ({"response_mask": np.zeros((1, 3), bool)}, "at least one token"),
         ({"response_ids": np.array([[4, EOS, 5]])}, "nothing may follow"),
         ({"response_ids": np.array([[4, 5, 6]])}, "must be finished"),
-        ({"response_ids": np.array([[4, 5, V]])}, r"must be in \[0"),
+        ({"response_ids": np.array([[4, 5, V]])}, rf"response tokens must be in \[0, {V}\)"),
         ({"logprobs": None}, "logprobs are needed"),
         ({"prompt_index": [99]}, "prompt_index, row 0"),
         ({"prompt_index": [1]}, "not the tokens of prompt 1"),
         ({"prompt_ids": [[]]}, "1 to max_prompt_tokens"),
+        ({"prompt_ids": [[4, V]], "prompt_index": [-1]}, r"prompt_ids, row 0: tokens must be in \[0, 14\)"),
+        ({"prompt_ids": [[-1, 4]], "prompt_index": [-1]}, "prompt_ids, row 0: tokens"),
+        ({"prompt_ids": [np.array([4.7])], "prompt_index": [-1]}, "prompt_ids, row 0, must be integers"),
+        ({"response_ids": np.array([[4.7, 5.0, EOS]])}, "response_ids must be integers, got torch.float64"),
+        ({"response_ids": np.array([[4, 13, EOS]])}, r"row 0: a token is forbidden \(allowed_tokens\)"),
+        ({"logprobs": np.array([[-1.0, 0.5, -1.0]])}, "row 0: log-probs must be finite and <= 0"),
+        ({"logprobs": np.array([[-1.0, np.nan, -1.0]])}, "row 0: log-probs must be finite and <= 0"),
+        ({"logprobs": np.full((1, 3, V), -1.0)}, "row 0: log-probs over the vocabulary must be normalised"),
     ],
 )
 def test_evaluate_responses_refuses(change, message):
-    envs = make_envs(1, kl_coef=0.1)
+    envs = make_envs(1, kl_coef=0.1, allowed_tokens=[EOS, *range(4, 13)])
     good = {
         "prompt_ids": [tokenizer()("the cat")["input_ids"]],
         "response_ids": np.array([[4, 5, EOS]]),
@@ -390,6 +450,17 @@ def test_evaluate_responses_refuses(change, message):
     envs.unwrapped.evaluate_responses(**good)
     with pytest.raises(ValueError, match=message):
         envs.unwrapped.evaluate_responses(**{**good, **change})
+
+
+def test_evaluate_responses_knows_allowed_tokens_without_a_reference():
+    envs = gym.make_vec(
+        "rlhf_gym/TextGeneration-v0", num_envs=1, tokenizer=tokenizer(), prompts=["the"], reward=goodness,
+        allowed_tokens=[4, EOS],
+    )  # fmt: skip
+    mask = np.ones((1, 2), bool)
+    assert envs.unwrapped.evaluate_responses([[4]], np.array([[4, EOS]]), mask).scores.tolist() == [1.0]
+    with pytest.raises(ValueError, match="row 0: a token is forbidden"):
+        envs.unwrapped.evaluate_responses([[4]], np.array([[5, EOS]]), mask)
 
 
 def test_columns_need_the_prompt_index():

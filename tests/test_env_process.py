@@ -278,6 +278,17 @@ def test_clone_and_restore_give_the_same_stream(kind):
         assert stream(future) == first
 
 
+@pytest.mark.parametrize("changes", [{"num_envs": 4}, {"num_envs": 2, "max_response_tokens": LENGTH + 1}])
+def test_a_state_of_other_sizes_is_refused(changes):
+    """One row would broadcast to all; nothing changes before the refusal."""
+    one, other = make_envs(1), make_envs(**changes)
+    one.reset(seed=0)
+    obs, _ = other.reset(seed=1)
+    with pytest.raises(ValueError, match="the state is another environment's: its ids has shape"):
+        other.unwrapped.restore_state(one.unwrapped.clone_state())
+    assert (other.unwrapped.process.ids.numpy() == obs["input_ids"]).all()
+
+
 def test_prompt_order_depends_on_the_seed_alone():
     """Two policies of very different lengths see the same prompts in each row; all prompts come before any comes
     again."""

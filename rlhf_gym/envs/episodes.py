@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from rlhf_gym.envs.core import TextGenerationProcess
+from rlhf_gym.envs.core import TextGenerationProcess, are_logprobs
 from rlhf_gym.envs.prompts import Prompt
 from rlhf_gym.kl import estimate_kl, exact_kl
 from rlhf_gym.lm import join_responses, response_logits, response_logprobs
@@ -74,7 +74,7 @@ def evaluate_responses(
     """
     as_numpy = not isinstance(response_ids, Tensor)
     device = process.device
-    ids, mask = torch.as_tensor(response_ids, device=device).long(), torch.as_tensor(response_mask, device=device)
+    ids, mask = _integers(response_ids, "response_ids").to(device), torch.as_tensor(response_mask, device=device)
     lengths = _checked_lengths(process, prompt_ids, ids, mask)
     prompts = _prompts(process, prompt_ids, prompt_index)
     logprobs = None if logprobs is None else torch.as_tensor(logprobs, device=device).detach().float()
@@ -88,6 +88,9 @@ def evaluate_responses(
             f"logprobs must have shape {tuple(ids.shape)} or {(*ids.shape, process.vocab_size)}, got "
             f"{tuple(logprobs.shape)}"
         )
+    if logprobs is not None:
+        ok, rule = are_logprobs(logprobs, exact=logprobs.dim() == 3)
+        _refuse((mask & ~ok).any(1), rule)
 
     ref_logprobs, kl = torch.zeros(ids.shape, device=device), None
     if process.language_model is not None:
@@ -148,6 +151,9 @@ def _checked_lengths(process: TextGenerationProcess, prompt_ids: Sequence[Any], 
         (mask & ((ids < 0) | (ids >= process.vocab_size))).any(1),
         f"response tokens must be in [0, {process.vocab_size})",
     )
+    if (allowed := process.token_filter.allowed_tokens) is not None:
+        forbidden = ~torch.isin(ids, torch.tensor(list(allowed), device=ids.device))
+        _refuse((mask & forbidden).any(1), "a token is forbidden (allowed_tokens)")
     is_eos = torch.isin(ids, process._eos) & mask
     last = torch.arange(ids.shape[1], device=ids.device) == lengths[:, None] - 1
     _refuse((is_eos & ~last).any(1), "an EOS token ends the response; nothing may follow it")
@@ -158,13 +164,20 @@ def _checked_lengths(process: TextGenerationProcess, prompt_ids: Sequence[Any], 
     return lengths
 
 
+def _integers(x: Any, name: str) -> Tensor:
+    tensor = torch.as_tensor(x)
+    if tensor.numel() and (tensor.is_floating_point() or tensor.is_complex() or tensor.dtype == torch.bool):
+        raise ValueError(f"{name} must be integers, got {tensor.dtype}")
+    return tensor.long()
+
+
 def _refuse(bad: Tensor, rule: str) -> None:
     if bool(bad.any()):
         raise ValueError(f"responses, row {int(bad.nonzero()[0])}: {rule}")
 
 
 def _prompts(process: TextGenerationProcess, prompt_ids: Sequence[Any], prompt_index: Any | None) -> list[Prompt]:
-    sequences = [torch.as_tensor(p, dtype=torch.long, device="cpu") for p in prompt_ids]
+    sequences = [_integers(p, f"prompt_ids, row {row},").cpu() for row, p in enumerate(prompt_ids)]
     indices = [-1] * len(sequences) if prompt_index is None else [int(i) for i in prompt_index]
     if len(indices) != len(sequences):
         raise ValueError(f"prompt_index must have one entry per response: {len(sequences)}, got {len(indices)}")
@@ -175,6 +188,8 @@ def _prompts(process: TextGenerationProcess, prompt_ids: Sequence[Any], prompt_i
                 f"prompt_ids, row {row}: a prompt has 1 to max_prompt_tokens={process.max_prompt_tokens} tokens, "
                 f"got {len(ids)}"
             )
+        if not bool(((ids >= 0) & (ids < process.vocab_size)).all()):
+            raise ValueError(f"prompt_ids, row {row}: tokens must be in [0, {process.vocab_size}), got {ids.tolist()}")
         if index >= len(process.prompts) or index < -1:
             raise ValueError(
                 f"prompt_index, row {row}: must be -1 or below the number of prompts {len(process.prompts)}, got "
@@ -197,9 +212,7 @@ def _reference_pass(
     model, token_filter = process.language_model.model, process.token_filter
     prompt_ids = [p.ids for p in prompts]
     ref_logprobs = response_logprobs(model, prompt_ids, ids, mask, token_filter=token_filter)
-    _refuse(
-        (ref_logprobs == -torch.inf).any(1), "a token is forbidden there (allowed_tokens, top_k, top_p, or impossible)"
-    )
+    _refuse((ref_logprobs == -torch.inf).any(1), "a token is forbidden there (top_k, top_p, or impossible)")
     if logprobs is None:
         return ref_logprobs, None
     kl = torch.zeros(ids.shape, device=ids.device)
@@ -215,6 +228,6 @@ def _reference_pass(
             kl[rows] = exact_kl(logprobs[rows], token_filter.logprobs(logits, allowed))
     _refuse(
         (mask & ~torch.isfinite(kl)).any(1),
-        "logprobs must be finite on the response and give no probability to forbidden tokens",
+        "logprobs give probability to forbidden tokens",
     )
     return ref_logprobs, torch.where(mask, kl, 0.0)
