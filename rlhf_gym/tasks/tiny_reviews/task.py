@@ -11,8 +11,7 @@ from .reviews import GRAMMAR, PRODUCTS, grammatical, sentiment
 MODEL_DIR = Path(__file__).parent / "model"
 """The language model trained on the reviews, with its tokenizer: a directory for ``from_pretrained``."""
 
-SPLITS = ("train", "test")
-PROMPTS_PER_SPLIT = 64
+NUM_PROMPTS = {"train": 512, "test": 64}
 
 
 def load_prompts(split: str = "train") -> list[dict[str, str]]:
@@ -25,12 +24,15 @@ def load_prompts(split: str = "train") -> list[dict[str, str]]:
         split: "train" or "test" (held out).
 
     Returns:
-        64 rows with the columns "prompt" and "product", for instance
+        512 or 64 rows with the columns "prompt" and "product", for instance
         ``{"prompt": "review of the kettle : the lid", "product": "kettle"}``; a fresh list at each call.
     """
-    if split not in SPLITS:
+    if split not in NUM_PROMPTS:
         raise ValueError(f"split must be 'train' or 'test', got {split!r}")
-    return [{"prompt": prompt, "product": product} for prompt, product in _openings()[SPLITS.index(split) :: 2]]
+    # Every other one of the first is held out, so that more training prompts can be had without touching the test.
+    held_out = _openings()[1 : 2 * NUM_PROMPTS["test"] : 2]
+    openings = held_out if split == "test" else [opening for opening in _openings() if opening not in held_out]
+    return [{"prompt": prompt, "product": product} for prompt, product in openings]
 
 
 def gold_sentiment(prompts: list[str], completions: list[str]) -> list[float]:
@@ -59,7 +61,7 @@ def _openings() -> list[tuple[str, str]]:
     parts = {part for product in PRODUCTS.values() for part in product}
     undecided = {"the", "although", "despite", "they", "call", "it"} | parts
     found: dict[str, str] = {}
-    while len(found) < PROMPTS_PER_SPLIT * len(SPLITS):
+    while len(found) < sum(NUM_PROMPTS.values()):
         words = GRAMMAR.sample(rng).split()
         # All openings end in the first ":" or "."; what follows is kept as long as it says nothing of the product.
         cut = min(words.index(mark) for mark in (":", ".") if mark in words) + 1
