@@ -141,9 +141,13 @@ def evaluate(
         progress=progress,
     )
     mask = responses.response_mask
-    rewards = evaluate_responses(
-        process, [prompt.ids for prompt in chosen], responses.response_ids, mask, responses.logprobs, prompt_index=index
-    )
+    memory = process.scorer.memory()
+    try:
+        rewards = evaluate_responses(
+            process, [prompt.ids for prompt in chosen], responses.response_ids, mask, responses.logprobs, prompt_index=index
+        )
+    finally:
+        process.scorer.restore_memory(memory)
     kl = None
     if process.language_model is not None:
         difference = torch.where(mask, responses.logprobs - rewards.ref_logprobs.to(responses.logprobs), 0.0)

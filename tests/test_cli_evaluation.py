@@ -13,6 +13,7 @@ from worlds import EOS, PROMPTS, goodness, make_env, make_envs, model, tokenizer
 from rlhf_gym.evaluation import Evaluation, evaluate
 from rlhf_gym.plots import curves, histogram, running_mean
 from rlhf_gym.report import Section, html_report, model_card, table
+from rlhf_gym.rewards import normalize
 
 
 def evaluation(scores, prompt_index, kl=None):
@@ -161,3 +162,40 @@ def test_table_and_model_card():
     options = {"agent": "ppo", "reward": ("m:f",), "prompts": "p.jsonl", "eval_prompts": None, "kl_coef": 0.05}
     card = model_card(options=options, base_model="base", before=before, after=after)
     assert "| score | 0.500 ± 6.353 | 2.500 ± 6.353 |" in card and "`m:f`" in card and "kl_coef: `0.05`" in card
+
+
+def test_what_a_reward_remembers_is_not_moved_by_evaluations_or_failures():
+    fails = []
+
+    def fallible(completions):
+        if fails:
+            raise RuntimeError("no answer")
+        return [0.0] * len(completions)
+
+    envs = make_envs(2, reward={"n": (normalize(goodness), 1.0), "f": (fallible, 1.0)}, metrics={"m": normalize(goodness)})
+    scorer = envs.unwrapped.process.scorer
+    start = scorer.memory()
+    evaluate(None, envs, num_episodes=4)
+    assert scorer.memory() == start == [{"count": 0, "mean": 0.0, "m2": 0.0}] * 2
+    prompts, responses, ended = envs.unwrapped.process.prompts[:2], [[4, EOS], [5, EOS]], np.ones(2, dtype=bool)
+    fails.append(True)
+    with pytest.raises(ValueError, match="no answer"):
+        scorer.score(prompts, responses, ended)
+    assert scorer.memory() == start
+    fails.clear()
+    assert scorer.score(prompts, responses, ended).totals.tolist() == pytest.approx([1, -1], abs=1e-6)  # "good", "bad"
+    assert [part["count"] for part in scorer.memory()] == [2, 2]
+
+
+@pytest.mark.parametrize(
+    ("column", "reward", "says"),
+    [
+        ("completions", goodness, "a column cannot be named 'completions'"),
+        ("answer", lambda answer: 0.0, "'answer' would receive the response"),
+    ],
+)
+def test_columns_of_a_taken_name_are_found_when_the_environment_is_made(column, reward, says):
+    with pytest.raises(ValueError, match=says):
+        make_envs(1, prompts=[{"prompt": "the", column: "x"}], reward=reward)
+    with pytest.raises(ValueError, match=says):
+        make_envs(1, prompts=[{"prompt": "the", column: "x"}], metrics={"m": reward})

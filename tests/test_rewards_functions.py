@@ -419,12 +419,6 @@ def test_dense_failures(rows, message):
 # ---- the rest of the contract
 
 
-def test_only_raise_is_a_policy_so_far():
-    assert as_reward(len, on_error="raise").on_error == "raise"
-    with pytest.raises(ValueError, match="on_error must be \"raise\", got 'skip'"):
-        as_reward(len, on_error="skip")
-
-
 def test_reward_passes_through_and_is_not_copied():
     import copy
 

@@ -162,6 +162,13 @@ def test_clip_shows_its_correction():
     assert score(clip("length", high=2), "a b c") == [2] and score(clip("length", low=9), "a b c") == [9]
 
 
+def test_a_clipped_score_is_exact_whatever_was_clipped():
+    huge = clip(lambda text: 1e20, -1, 1)
+    for reward, expected in ((huge, 1), ({huge: 1.0, "length": 0.5}, 3), (length_penalty(huge, 0.125), 0.5), (scale(huge, 3), 3)):
+        assert score(reward, "a b c") == [pytest.approx(expected, rel=1e-15)]  # 4 tokens
+    assert score(clip(lambda text: 7.1, high=0.3), "a") == [0.3]
+
+
 def test_scale_and_length_penalty():
     scores = scale({"length": 2.0, "repetition": 1.0}, -0.5).score(inputs_of("a a a"))
     assert scores.terms["length"].tolist() == [-4.0] and scores.terms["repetition"].tolist() == [0.25]
@@ -208,3 +215,11 @@ def test_wrappers_pass_on_what_the_environment_asks():
     for wrapped in (clip(needs, 0), scale(needs, 2), normalize(needs), length_penalty(needs, 1)):
         assert wrapped.columns_needed == ("label",) and not wrapped.needs_language_model
         assert not wrapped.dense and as_reward(wrapped) is wrapped
+
+
+def test_columns_are_checked_through_wrappers_and_sums():
+    doubtful = as_reward(lambda label: 0.0)
+    for wrapped in (doubtful, clip(doubtful, 0), {"length": 1.0, "it": (length_penalty(doubtful, 1), 2.0)}):
+        as_reward(wrapped).check_columns(["source"])
+        with pytest.raises(ValueError, match="'label' would receive the response"):
+            as_reward(wrapped).check_columns(["source", "label"])

@@ -10,6 +10,7 @@ import numpy as np
 
 from rlhf_gym.envs.prompts import Prompt
 from rlhf_gym.rewards import Reward, RewardInputs
+from rlhf_gym.rewards.inputs import check_column_names
 
 MISSING_EOS = "missing_eos_penalty"
 
@@ -57,7 +58,10 @@ class Scorer:
         self.term_names = (*reward.names, *((MISSING_EOS,) if missing_eos_penalty else ()))
 
     def check_columns(self, prompts: Sequence[Prompt], where: str) -> None:
-        """Refuse prompts that lack a column which the reward or a metric asks for by name."""
+        """Refuse prompts that lack a column which the reward or a metric asks for by name, or have one of a name that is
+        taken."""
+        names = list(dict.fromkeys(name for prompt in prompts for name in prompt.columns))
+        check_column_names(names)
         needed = [column for reward in (self.reward, *self.metrics.values()) for column in reward.columns_needed]
         for i, prompt in enumerate(prompts):
             for column in dict.fromkeys(needed):
@@ -67,6 +71,8 @@ class Scorer:
                         f"the reward asks for the column {column!r}, which {where}[{i}] lacks (its columns: {has}); "
                         "add the column to every prompt or give the reward's parameter a default"
                     )
+        for reward in (self.reward, *self.metrics.values()):
+            reward.check_columns(names)
 
     def inputs(self, prompts: Sequence[Prompt], responses: Sequence[list[int]]) -> RewardInputs:
         """What a reward is given: B prompts with their columns and B responses as ids and text."""
@@ -91,13 +97,30 @@ class Scorer:
     ) -> ScoredResponses:
         """Score finished responses; B prompts, B lists of token ids, and whether each ended by EOS (B,) bool."""
         inputs = self.inputs(prompts, responses)
-        scores = self.reward.score(inputs)
+        memory = self.memory()
+        try:
+            scores = self.reward.score(inputs)
+            metrics = {name: reward.score(inputs).total for name, reward in self.metrics.items()}
+        except BaseException:
+            self.restore_memory(memory)
+            raise
         totals, terms = np.asarray(scores.total, dtype=np.float64).copy(), dict(scores.terms)
         if self.missing_eos_penalty:
             terms[MISSING_EOS] = np.where(ended_by_eos, 0.0, -self.missing_eos_penalty)
             totals += terms[MISSING_EOS]
-        metrics = {name: reward.score(inputs).total for name, reward in self.metrics.items()}
         return ScoredResponses(totals, terms, inputs.completions, metrics)
+
+    def memory(self) -> list[dict[str, float]]:
+        """A copy of what scoring changes in the rewards (running moments), for `restore_memory`."""
+        return [dict(part) for part in self._memory()]
+
+    def restore_memory(self, memory: Sequence[Mapping[str, float]]) -> None:
+        """Put back what `memory` returned."""
+        for part, kept in zip(self._memory(), memory, strict=True):
+            part.update(kept)
+
+    def _memory(self) -> list[dict[str, float]]:
+        return [part for reward in (self.reward, *self.metrics.values()) for part in reward.memory]
 
     def token_rewards(self, prompts: Sequence[Prompt], responses: Sequence[list[int]]) -> list[np.ndarray]:
         """What the dense terms pay for each token of each (perhaps unfinished) response."""

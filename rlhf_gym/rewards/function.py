@@ -6,7 +6,7 @@ import asyncio
 import copy
 import inspect
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -99,8 +99,14 @@ class FunctionReward(Reward):
         if self.form.batch:
             return self._invoke([self._batch_arguments(inputs)], inputs)[0]
         texts = {"prompt": inputs.prompts, "response": inputs.completions}
+        calls = [{p: texts[kind][row] for p, kind in self.form.parameters.items()} for row in range(len(inputs))]
+        return self._invoke(calls, inputs)
+
+    def check_columns(self, available: Iterable[str]) -> None:
+        available = list(available)
+        super().check_columns(available)
         for parameter in self.form.guessed:
-            if parameter in inputs.columns:
+            if parameter in available:
                 kind = self.form.parameters[parameter]
                 raise RewardError(
                     f"reward function {self.name!r}: its parameter {parameter!r} would receive the {kind}, but the "
@@ -108,8 +114,6 @@ class FunctionReward(Reward):
                     "to score a batch with the column",
                     function=self.name,
                 )
-        calls = [{p: texts[kind][row] for p, kind in self.form.parameters.items()} for row in range(len(inputs))]
-        return self._invoke(calls, inputs)
 
     def _batch_arguments(self, inputs: RewardInputs) -> dict[str, Any]:
         # Copies, and new ones for each function: one that sorts or pops its list must not change what the others score.

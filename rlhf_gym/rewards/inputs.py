@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -54,11 +54,7 @@ class RewardInputs:
                 raise ValueError(
                     f"{name} must hold one value per prompt, got {len(values)} for {len(self.prompts)} prompts"
                 )
-        for name in self.columns:
-            if name in BATCH_NAMES:
-                raise ValueError(
-                    f"a column cannot be named {name!r}: rewards receive the batch's own {name} under that name"
-                )
+        check_column_names(self.columns)
 
     def __len__(self) -> int:
         return len(self.prompts)
@@ -76,6 +72,15 @@ class RewardInputs:
     def describe(self, row: int) -> str:
         """One row in words, shortened, for error messages."""
         return f"row {row} (prompt {_shorten(self.prompts[row])}, response {_shorten(self.completions[row])})"
+
+
+def check_column_names(names: Iterable[str]) -> None:
+    """Refuse columns under a name that rewards know as something else."""
+    for name in names:
+        if name in BATCH_NAMES:
+            raise ValueError(
+                f"a column cannot be named {name!r}: rewards receive the batch's own {name} under that name"
+            )
 
 
 def _shorten(text: str, limit: int = 60) -> str:

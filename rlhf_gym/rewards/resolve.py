@@ -50,7 +50,7 @@ _NEED_ARGUMENTS = {
 }
 
 
-def as_reward(spec: Any, *, language_model: LanguageModel | None = None, on_error: str = "raise") -> Reward:
+def as_reward(spec: Any, *, language_model: LanguageModel | None = None) -> Reward:
     """A reward from any accepted form.
 
     Args:
@@ -65,7 +65,6 @@ def as_reward(spec: Any, *, language_model: LanguageModel | None = None, on_erro
             * a dict of weights ``{reward: weight}``, or ``{"term": (reward, weight)}`` to name the terms of the ledger;
             * a :class:`Reward`.
         language_model: The environment's reference, for the terms that wait for one.
-        on_error: "raise": a function that fails raises :class:`RewardError`.
 
     Raises:
         RewardError: If a function cannot be imported, or it is not clear how to call it.
@@ -73,8 +72,6 @@ def as_reward(spec: Any, *, language_model: LanguageModel | None = None, on_erro
         FileNotFoundError: If a .py file or a directory does not exist.
         TypeError: If ``spec`` is none of these.
     """
-    if on_error != "raise":
-        raise ValueError(f'on_error must be "raise", got {on_error!r}')
     reward = _resolve(spec)
     return reward if language_model is None else reward.with_language_model(language_model)
 

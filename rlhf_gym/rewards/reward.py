@@ -23,14 +23,12 @@ class Reward:
         dense: Whether a term pays for each token. The score of a dense term is the sum of its token rewards.
         columns_needed: Columns that a term asks for by name and has no default for.
         needs_language_model: Whether a term waits for the environment's reference (:meth:`with_language_model`).
-        on_error: What happens when a term fails: "raise" a :class:`RewardError`.
     """
 
     names: tuple[str, ...] = ()
     dense: bool = False
     columns_needed: tuple[str, ...] = ()
     needs_language_model: bool = False
-    on_error: str = "raise"
 
     def score(self, inputs: RewardInputs) -> Scores:
         """Score finished responses.
@@ -57,13 +55,13 @@ class Reward:
         return self
 
     def check_columns(self, available: Iterable[str]) -> None:
-        """Refuse prompts that lack a column.
+        """Refuse prompts that lack a column, or have one that makes it unclear how to call a function.
 
         Args:
             available: Names of the columns that every prompt has.
 
         Raises:
-            RewardError: Naming the column that is missing and those that there are.
+            RewardError: Naming the column, and where one is missing those that there are.
         """
         available = list(available)
         for column in self.columns_needed:
@@ -76,6 +74,11 @@ class Reward:
                     + "; add the column to every prompt or give the parameter a default",
                     function=self.names[0],
                 )
+
+    @property
+    def memory(self) -> tuple[dict[str, float], ...]:
+        """What scoring changes, running moments for instance: the live objects, in a fixed order."""
+        return ()
 
     def __deepcopy__(self, memo: dict) -> Reward:
         # Gymnasium copies the arguments of an environment each time it is made; a reward may hold a model.
@@ -117,10 +120,20 @@ class WeightedSum(Reward):
 
     def score(self, inputs: RewardInputs) -> Scores:
         terms: dict[str, np.ndarray] = {}
+        totals: dict[str, np.ndarray] = {}  # the parts' own: their terms may cancel, see wrappers
         for reward, weight, prefix in self.parts:
-            parts = reward.score(inputs).terms.values()
-            terms |= dict(zip(_prefixed(reward, prefix), (weight * part for part in parts), strict=True))
-        return Scores(sum_terms(terms), terms)
+            scores, names = reward.score(inputs), _prefixed(reward, prefix)
+            terms |= dict(zip(names, (weight * part for part in scores.terms.values()), strict=True))
+            totals[names[-1]] = weight * scores.total
+        return Scores(sum_terms(totals), terms)
+
+    def check_columns(self, available: Iterable[str]) -> None:
+        for reward, _, _ in self.parts:
+            reward.check_columns(available)
+
+    @property
+    def memory(self) -> tuple[dict[str, float], ...]:
+        return tuple(memory for reward, _, _ in self.parts for memory in reward.memory)
 
     def token_rewards(self, inputs: RewardInputs) -> list[np.ndarray]:
         totals = super().token_rewards(inputs)

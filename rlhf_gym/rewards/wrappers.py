@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import math
+from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -47,7 +48,8 @@ def normalize(reward: Any, *, epsilon: float = 1e-8) -> Reward:
 
     mean and the biased std are running ones. It has a memory: a score depends on what was scored before, so the same
     responses in another order, stepwise or whole, score differently. Where that matters, normalise advantages in the
-    agent instead. Evaluate with the reward that was wrapped, not with this.
+    agent instead. Evaluate with the reward that was wrapped, not with this. ``rlhf_gym.evaluation`` and scores that fail
+    leave the memory as it was; every environment with the same reward object shares it, and checkpoints lack it.
 
     Raises:
         ValueError: If the reward is dense: what it paid for the first tokens was not normalised by what came later.
@@ -91,14 +93,23 @@ class _Adjusted(Reward):
 
     def score(self, inputs: RewardInputs) -> Scores:
         scores = self.inner.score(inputs)
-        terms = scores.terms | {self.term: self.adjustment(scores.total, inputs)}
-        return Scores(sum_terms(terms), terms)
+        total = self.adjusted(scores.total, inputs)
+        terms = scores.terms | {self.term: total - scores.total}
+        sum_terms(terms)  # refuses what is too large; its sum is not as exact as the total: 1e20 + (1 - 1e20) is 0
+        return Scores(total, terms)
 
     def token_rewards(self, inputs: RewardInputs) -> list[np.ndarray]:
         return self.inner.token_rewards(inputs)
 
-    def adjustment(self, total: np.ndarray, inputs: RewardInputs) -> np.ndarray:
-        """What to add to the inner score. Both of shape (B,), float64."""
+    def check_columns(self, available: Iterable[str]) -> None:
+        self.inner.check_columns(available)
+
+    @property
+    def memory(self) -> tuple[dict[str, float], ...]:
+        return self.inner.memory
+
+    def adjusted(self, total: np.ndarray, inputs: RewardInputs) -> np.ndarray:
+        """The score in place of the inner one. Both of shape (B,), float64."""
         raise NotImplementedError
 
 
@@ -107,8 +118,8 @@ class _Clipped(_Adjusted):
         super().__init__(inner, "clip")
         self.low, self.high = low, high
 
-    def adjustment(self, total: np.ndarray, inputs: RewardInputs) -> np.ndarray:
-        return np.clip(total, self.low, self.high) - total
+    def adjusted(self, total: np.ndarray, inputs: RewardInputs) -> np.ndarray:
+        return np.clip(total, self.low, self.high)
 
 
 class _LengthPenalty(_Adjusted):
@@ -116,9 +127,9 @@ class _LengthPenalty(_Adjusted):
         super().__init__(inner, "length_penalty")
         self.coef, self.free_tokens = coef, free_tokens
 
-    def adjustment(self, total: np.ndarray, inputs: RewardInputs) -> np.ndarray:
+    def adjusted(self, total: np.ndarray, inputs: RewardInputs) -> np.ndarray:
         lengths = np.array([len(ids) for ids in inputs.completion_ids], dtype=np.float64)
-        return -self.coef * np.maximum(0.0, lengths - self.free_tokens)
+        return total - self.coef * np.maximum(0.0, lengths - self.free_tokens)
 
 
 class _Normalized(_Adjusted):
@@ -127,7 +138,11 @@ class _Normalized(_Adjusted):
         self.epsilon = epsilon
         self.moments = {"count": 0, "mean": 0.0, "m2": 0.0}  # shared by copies that are bound to a language model
 
-    def adjustment(self, total: np.ndarray, inputs: RewardInputs) -> np.ndarray:
+    @property
+    def memory(self) -> tuple[dict[str, float], ...]:
+        return (*super().memory, self.moments)
+
+    def adjusted(self, total: np.ndarray, inputs: RewardInputs) -> np.ndarray:
         # Welford's update, one score at a time: no digits are lost when the mean is large.
         moments = self.moments
         for value in total.tolist():
@@ -136,4 +151,4 @@ class _Normalized(_Adjusted):
             moments["mean"] += difference / moments["count"]
             moments["m2"] += difference * (value - moments["mean"])
         std = math.sqrt(moments["m2"] / max(1, moments["count"]))
-        return (total - moments["mean"]) / (std + self.epsilon) - total
+        return (total - moments["mean"]) / (std + self.epsilon)
