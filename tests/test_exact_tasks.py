@@ -13,7 +13,15 @@ from stable_baselines3.common.env_checker import check_env as sb3_check_env
 from worlds import make_envs
 
 import rlhf_gym
-from rlhf_gym.exact import residual_policy, solve, tabular_policy
+from rlhf_gym.exact import (
+    evaluate,
+    keywords,
+    length_window,
+    ngram_from_corpus,
+    residual_policy,
+    solve,
+    tabular_policy,
+)
 from rlhf_gym.lm import generate, make_engine
 from rlhf_gym.registration import EXACT_TASKS
 
@@ -183,3 +191,17 @@ def test_task_settings_and_overrides():
         gym.make("rlhf_gym/Recall-v0", num_states=1)
     envs = gym.make_vec("rlhf_gym/Goodhart-v0", num_envs=2, reward=lambda text: 0.0)
     assert envs.unwrapped.reward.names == ("lambda",) and residual_policy(envs).config.vocab_size == 14
+
+
+def test_a_task_of_ones_own():
+    """A corpus, a reward of automata, one id: solved, evaluated and trained like the registered ones."""
+    texts = ["the room was clean and the staff kind", "the staff was rude", "the room was small but clean and kind"]
+    reward = {keywords(["clean", "kind"], every=True): 1.0, length_window(3, 8): 0.5}
+    arguments = {"model": ngram_from_corpus(texts, order=3), "reward": reward, "prompts": ["the room", "the staff"]}
+    envs = gym.make_vec("rlhf_gym/TextGeneration-v0", num_envs=4, max_response_tokens=10, kl_coef=0.2, **arguments)
+    solution = solve(envs, 0.2)
+    assert solution.reference_objective < solution.objective < solution.reward < 1.5
+    assert evaluate(solution.policy, envs).normalised == pytest.approx(1, abs=1e-9)
+    single = gym.make("rlhf_gym/TextGeneration-v0", max_response_tokens=10, **arguments)
+    assert solve(single, 0.2).objective == solution.objective
+    assert "frozenset" in solution.graph.layers[-1].labels(0)  # for people: the states behind a node

@@ -168,14 +168,16 @@ class _Walk:
 
     def sums(self, name: str, num_groups: int) -> np.ndarray:
         """Sum of each group. Shape (num_groups,), float64."""
-        return sum(np.bincount(group, values, minlength=num_groups) for group, values in self.totals[name])
+        parts = [np.bincount(group, values, minlength=num_groups) for group, values in self.totals[name]]
+        return np.sum(parts, axis=0)
 
 
 def _by_states(walk: _Walk, model: TableForCausalLM) -> None:
     """A table's future depends on its state: histories that share it, the node and the prompt are one."""
     graph, logits = walk.graph, model.row_logits().cpu()
     transitions, num_states = model.transitions.cpu().numpy(), len(logits)
-    group, node, weight = np.arange(len(graph.roots)), graph.roots, np.ones(len(graph.roots))
+    group, node = np.arange(len(graph.roots)), graph.roots
+    weight: np.ndarray = np.ones(len(graph.roots))
     state = np.array([model.state_after(prompt.ids) for prompt in graph.process.prompts])
     for t, layer in enumerate(graph.layers):
         probs = walk.visit(t, group, node, weight, logits[state]) * weight[:, None]

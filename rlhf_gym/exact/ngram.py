@@ -55,7 +55,7 @@ AutoModelForCausalLM.register(NgramConfig, NgramForCausalLM, exist_ok=True)
 
 
 def ngram_from_table(
-    table: Mapping[str | Context, Mapping[str, float]],
+    table: Mapping[Any, Mapping[str, float]],
     *,
     eos: str | None,
     spread_rest: bool = False,
@@ -232,7 +232,7 @@ def context_automaton(contexts: Iterable[tuple[int, ...]], vocab_size: int) -> t
         The states, S sequences with () first: all contexts and their beginnings, without which a context that is
         half read would be forgotten. And the state after each token, S lists of V.
     """
-    states = {(): 0}
+    states: dict[tuple[int, ...], int] = {(): 0}
     for context in sorted(contexts, key=len):
         for end in range(1, len(context) + 1):
             states.setdefault(context[:end], len(states))

@@ -87,7 +87,9 @@ def score_distribution(graph: Graph, root: int) -> tuple[np.ndarray, np.ndarray]
     Raises:
         ValueError: If there are too many different sums of token rewards.
     """
-    node, so_far, prob = np.array([root]), np.zeros(1), np.ones(1)
+    node: np.ndarray = np.array([root])
+    so_far: np.ndarray = np.zeros(1)
+    prob: np.ndarray = np.ones(1)
     scores, probs = [], []
     for layer in graph.layers:
         token_probs = prob[:, None] * np.exp(layer.ref_logprobs[node])
