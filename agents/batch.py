@@ -23,7 +23,8 @@ class Batch:
         scores: Score of each response. (B,) float32.
         ended_by_eos: (B,) bool.
         kl: KL estimate of each token; zeros where the environment has no reference. (B, R) float32.
-        allowed: Which tokens could be chosen; only with top-k or top-p. (B, R, V) bool.
+        allowed: Which tokens could be chosen; only with top-k or top-p, or where the environment tells masks of its
+            own. (B, R, V) bool.
     """
 
     ids: Tensor
@@ -66,6 +67,7 @@ class Rollout:
         batch: The episodes.
         prompts, completions: Their texts where the environment tells them, for samples.
         terms: The reward's ledger, each (B,) float32.
+        metrics: The environment's metrics, each (B,) float32, NaN where one did not apply; no part of the rewards.
         num_tokens: Response tokens in the batch, EOS included: what a timestep counts.
     """
 
@@ -73,6 +75,7 @@ class Rollout:
     prompts: list[str] = field(default_factory=list)
     completions: list[str] = field(default_factory=list)
     terms: dict[str, Tensor] = field(default_factory=dict)
+    metrics: dict[str, Tensor] = field(default_factory=dict)
 
     @property
     def num_tokens(self) -> int:

@@ -21,7 +21,8 @@ def rollout_metrics(agent: Agent, rollout: Rollout) -> dict[str, float]:
 
     ``rollout/ep_rew_mean`` is the mean of the summed rewards (score minus KL penalty), ``objective/scores`` that of the
     scores alone, ``objective/kl`` the mean KL of whole responses in nats, ``objective/non_score_reward`` what the KL
-    penalty took, ``objective/entropy`` minus the mean log-prob of whole responses.
+    penalty took, ``objective/scores/<term>`` and ``objective/metric/<name>`` the means of the reward's terms and of the
+    environment's metrics over the responses to which they apply, ``objective/entropy`` minus the mean log-prob of whole responses.
     """
     batch = rollout.batch
     lengths = batch.response_mask.sum(1).float()
@@ -42,10 +43,11 @@ def rollout_metrics(agent: Agent, rollout: Rollout) -> dict[str, float]:
     kl_coef = getattr(agent.envs.unwrapped, "kl_coef", None)
     if kl_coef is not None:
         metrics["objective/kl_coef"] = kl_coef
-    for name, term in rollout.terms.items():
-        values = term.cpu().numpy() if hasattr(term, "cpu") else np.asarray(term)
-        if not np.isnan(values).all():
-            metrics[f"objective/scores/{name}"] = float(np.nanmean(values))
+    for family, columns in (("scores", rollout.terms), ("metric", rollout.metrics)):
+        for name, column in columns.items():
+            values = column.cpu().numpy() if hasattr(column, "cpu") else np.asarray(column)
+            if not np.isnan(values).all():
+                metrics[f"objective/{family}/{name}"] = float(np.nanmean(values))
     return metrics
 
 

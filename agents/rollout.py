@@ -122,4 +122,4 @@ class Collector:
                 )
                 allowed.append(policy.token_filter.mask(logits, keep=batch.response_ids[rows]))
             batch = replace(batch, allowed=torch.cat(allowed))
-        return Rollout(batch, texts, result.completions, result.terms)
+        return Rollout(batch, texts, result.completions, result.terms, result.metrics)

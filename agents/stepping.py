@@ -10,6 +10,7 @@ import torch
 from gymnasium.vector import AutoresetMode, VectorEnv
 from torch import Tensor
 
+from rlhf_gym.kl import estimate_kl
 from rlhf_gym.lm import Engine, join_responses, sample_tokens
 
 from .batch import Batch, Rollout
@@ -27,11 +28,13 @@ def collect_by_stepping(
     """The first ``num_rounds`` episodes of every row after a reset, in any autoreset mode.
 
     Episode b is the (b // N)-th of row b % N. Rows that have finished theirs go on with the others, unrecorded: a batch
-    can only be stepped as a whole.
+    can only be stepped as a whole. The prompts that they take are given back where the base can say where its rows
+    stand in their orders (``prompt_order_state``), so that the next rollout goes on where this one's episodes ended.
 
     Args:
-        envs: N rows whose observations hold ``input_ids`` and ``attention_mask``. Where its base has
-            ``announce_logprobs`` (or ``action_masks`` and the policy's filter needs them) they are used.
+        envs: N rows whose observations hold ``input_ids`` and ``attention_mask``. Tokens that
+            ``info["action_mask"]`` forbids are not chosen; ``announce_logprobs`` and ``kl_estimator`` are used where
+            the base has them.
         policy: Chooses the tokens.
         engine: A cache of the policy's model with N rows.
         uniforms: One number per token. Shape (N * num_rounds, R); an episode longer than R is an error of the
@@ -43,21 +46,29 @@ def collect_by_stepping(
     num_rows, num_rounds = envs.num_envs, len(uniforms) // envs.num_envs
     mode = envs.metadata.get("autoreset_mode")
     episodes = _Episodes(uniforms)
-    masked = policy.token_filter.uses_reference or policy.token_filter.allowed_tokens is not None
+    # A mask of allowed_tokens alone is known to the update: it need not be kept for each token.
+    keep_masks = policy.token_filter.uses_reference or policy.token_filter.allowed_tokens is None
     announces = hasattr(base, "announce_logprobs") and getattr(base, "language_model", None) is not None
     finished = np.zeros(num_rows, dtype=int)  # episodes of each row
     resetting = np.zeros(num_rows, dtype=bool)  # rows whose next step is next_step mode's reset
+    orders: list[Any] = [None] * num_rows
 
-    observation, _ = envs.reset(seed=seed)
+    observation, info = envs.reset(seed=seed)
+    allowed = _allowed(info, None, device)
     while (finished < num_rounds).any():
         ids = torch.as_tensor(observation["input_ids"]).long().to(device)
         lengths = torch.as_tensor(observation["attention_mask"]).to(device).sum(1).long()
         recording = np.flatnonzero((finished < num_rounds) & ~resetting)
         episode = finished[recording] * num_rows + recording
         episodes.begin(episode, ids[recording], lengths[recording])
+        if hasattr(base, "prompt_order_state"):
+            last = recording[(finished[recording] == num_rounds - 1) & (episodes.lengths[episode] == 0)]
+            if len(last):
+                now = base.prompt_order_state()
+                for row in last:
+                    orders[row] = now[row]
 
         logits = engine.next_logits(ids, lengths, torch.from_numpy(~resetting).to(device))
-        allowed = torch.as_tensor(base.action_masks()).to(device) if masked else None
         all_logprobs = policy.token_filter.logprobs(logits, allowed)
         draws = torch.full((num_rows,), 0.5, device=device)
         draws[recording] = episodes.next_uniforms(episode)
@@ -73,7 +84,8 @@ def collect_by_stepping(
         ended = _numpy(terminated) | _numpy(truncated)
         kl = torch.zeros_like(logprobs)
         if "ref_logprob" in info:
-            kl = logprobs - torch.as_tensor(info["ref_logprob"]).to(logprobs)
+            ref_logprobs = torch.as_tensor(info["ref_logprob"]).to(logprobs)
+            kl = estimate_kl(logprobs, ref_logprobs, getattr(base, "kl_estimator", "k1"))
         step = {
             "response_ids": tokens,
             "logprobs": logprobs,
@@ -81,7 +93,7 @@ def collect_by_stepping(
             "rewards": torch.as_tensor(rewards).to(values),
             "kl": kl,
         }
-        if policy.token_filter.uses_reference:
+        if allowed is not None and keep_masks:
             step["allowed"] = allowed
         episodes.add(episode, recording, step)
         over = ended[recording]
@@ -95,9 +107,13 @@ def collect_by_stepping(
         finished[recording[over]] += 1
         if progress is not None:
             progress(len(recording))
+        allowed = _allowed(info, None, device)
         if mode is AutoresetMode.DISABLED and ended.any():
-            observation, _ = envs.reset(options={"reset_mask": ended})
+            observation, info = envs.reset(options={"reset_mask": ended})
+            allowed = _allowed(info, allowed, device)
         resetting = ended if mode is AutoresetMode.NEXT_STEP else np.zeros(num_rows, dtype=bool)
+    if hasattr(base, "prompt_order_state"):
+        base.load_prompt_order_state(orders)
     return episodes.rollout(getattr(base, "pad_token_id", 0))
 
 
@@ -116,6 +132,7 @@ class _Episodes:
         self.ended_by_eos = torch.zeros(count, dtype=torch.bool, device=device)
         self.texts = {"prompt": [""] * count, "response": [""] * count}
         self.terms: dict[str, Tensor] = {}
+        self.metrics: dict[str, Tensor] = {}
 
     def begin(self, episode: np.ndarray, ids: Tensor, lengths: Tensor) -> None:
         """Note the prompts of episodes that have no token yet."""
@@ -148,11 +165,10 @@ class _Episodes:
             self.ended_by_eos[b] = eos
             for key, texts in self.texts.items():
                 texts[b] = str(info[key][row]) if key in info else ""
-            for key in info:
-                if key.startswith("score/"):
-                    self.terms.setdefault(key.removeprefix("score/"), torch.full_like(self.scores, torch.nan))[b] = (
-                        float(info[key][row])
-                    )
+            for family, columns in (("score/", self.terms), ("metric/", self.metrics)):
+                for key in (key for key in info if key.startswith(family)):
+                    column = columns.setdefault(key.removeprefix(family), torch.full_like(self.scores, torch.nan))
+                    column[b] = float(info[key][row])
 
     def rollout(self, pad_token_id: int) -> Rollout:
         """All episodes together."""
@@ -171,7 +187,17 @@ class _Episodes:
             ended_by_eos=self.ended_by_eos,
             **self.tables,
         )
-        return Rollout(batch, self.texts["prompt"], self.texts["response"], self.terms)
+        return Rollout(batch, self.texts["prompt"], self.texts["response"], self.terms, self.metrics)
+
+
+def _allowed(info: dict[str, Any], before: Tensor | None, device: torch.device) -> Tensor | None:
+    """Tokens that may be chosen next, (N, V) bool, or None; rows of which ``info`` says nothing are as ``before``."""
+    if "action_mask" not in info:
+        return before
+    told = torch.as_tensor(info["action_mask"]).to(device).bool()
+    told |= ~told.any(1, keepdim=True)  # a row that has ended: its token is ignored
+    known = torch.as_tensor(info.get("_action_mask", np.ones(len(told), dtype=bool))).to(device)
+    return torch.where(known[:, None], told, torch.ones_like(told) if before is None else before)
 
 
 def _numpy(x: Any) -> np.ndarray:

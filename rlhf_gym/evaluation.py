@@ -47,7 +47,7 @@ class Evaluation:
     ended_by_eos: np.ndarray
     """Whether it ended by EOS, not by the length limit."""
     others: dict[str, np.ndarray]
-    """What the further reward functions said, by their names."""
+    """What the environment's metrics said (``metric/<name>``), and the further reward functions, by their names."""
     prompt_index: np.ndarray
     """Which prompt each response answers."""
     samples: list[dict[str, Any]]
@@ -155,7 +155,7 @@ def evaluate(
     lengths = mask.sum(1).cpu().numpy()
     ended_by_eos = responses.ended_by_eos.cpu().numpy()
     token_lists = [row[:length] for row, length in zip(responses.response_ids.tolist(), lengths.tolist(), strict=True)]
-    found = {}
+    found = {f"metric/{name}": metric.double().cpu().numpy() for name, metric in rewards.metrics.items()}
     for name, spec in (others or {}).items():
         scorer = Scorer(as_reward(spec, language_model=process.language_model), process.tokenizer)
         scorer.check_columns(chosen, "prompts")

@@ -394,3 +394,21 @@ def test_two_episodes_in_a_row_share_nothing():
         env.unwrapped.announce_logprobs(-0.7)
         *_, again = env.step(token)
     assert again["kl"] == info["kl"] and again["score"] == 0.0
+
+
+def test_metrics_that_do_not_apply_are_nan_and_reach_the_evaluation():
+    from rlhf_gym.evaluation import evaluate
+
+    def long(completions):
+        return [None if len(text.split()) < 2 else float(len(text.split())) for text in completions]
+
+    envs = make_envs(2, metrics={"long": long})
+    envs.reset(seed=0)
+    envs.step(np.array([5, 5]))
+    *_, info = envs.step(np.array([EOS, 5]))
+    assert np.isnan(info["metric/long"][0]) and info["_metric/long"].tolist() == [True, False]
+    found = evaluate(None, envs, num_episodes=20)
+    words = [len(sample["response"].split()) for sample in found.samples]
+    assert 0 < sum(n < 2 for n in words) < 20
+    np.testing.assert_array_equal(found.others["metric/long"], [np.nan if n < 2 else n for n in words])
+    assert found.summary()["metric/long"]["mean"] >= 2

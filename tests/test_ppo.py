@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 
 import gymnasium as gym
@@ -15,6 +16,7 @@ from worlds import EOS, V, make_envs, model
 
 from rlhf_gym.agents import PPO
 from rlhf_gym.agents.functional import masked_mean
+from rlhf_gym.agents.logs import rollout_metrics
 
 KL_COEF = 0.1
 
@@ -84,19 +86,34 @@ def test_value_is_read_before_the_token():
     torch.testing.assert_close(agent.policy(batch)[1], expected)
 
 
-def test_stepping_and_whole_responses_are_the_same_to_the_agent():
-    class Plain(VectorWrapper):
-        """A wrapper hides evaluate_responses, so the agent must step."""
+class Plain(VectorWrapper):
+    """A wrapper hides evaluate_responses, so the agent must step."""
 
-    lm = model()
-    for mode in ("next_step", "same_step", "disabled"):
-        for changes in ({}, {"top_k": 4}):
-            whole = PPO(envs(4, model=lm, autoreset_mode=mode, **changes), seed=3, num_rounds=2)
-            stepping = PPO(Plain(envs(4, model=lm, autoreset_mode=mode, **changes)), seed=3, num_rounds=2)
-            assert whole.collector.by_whole_responses and not stepping.collector.by_whole_responses
-            for agent in (whole, stepping):
-                agent.envs.reset(seed=3)
-            a, b = whole.collector.collect(), stepping.collector.collect()
+
+def only_long(completions):
+    """A metric that says nothing of short responses."""
+    return [None if len(text.split()) < 3 else 1.0 + text.count("good") for text in completions]
+
+
+@pytest.mark.parametrize("mode", ["next_step", "same_step", "disabled"])
+def test_stepping_and_whole_responses_are_the_same_to_the_agent(mode):
+    """Rollout after rollout: rows that finish early and go on take no prompts from the next rollout."""
+    lm, other = model(), model(seed=1)
+    for changes in ({}, {"top_k": 4, "kl_estimator": "k3"}):
+        changes = {"model": lm, "autoreset_mode": mode, "metrics": {"long": only_long}, **changes}
+        # Another model than the reference acts, so that there is a KL to estimate.
+        whole = PPO(envs(4, **changes), policy=copy.deepcopy(other), seed=3, num_rounds=2)
+        stepping = PPO(Plain(envs(4, **changes)), policy=copy.deepcopy(other), seed=3, num_rounds=2)
+        assert whole.collector.by_whole_responses and not stepping.collector.by_whole_responses
+        for number in range(3):
+            a, b = (agent.collector.collect(seed=3 if number == 0 else None) for agent in (whole, stepping))
+            assert a.batch.kl.abs().max() > 0.1
+            torch.testing.assert_close(a.metrics["long"], b.metrics["long"], equal_nan=True)
+            names = [rollout_metrics(agent, r) for agent, r in ((whole, a), (stepping, b))]
+            expected = [n for n in only_long(a.completions) if n is not None]
+            assert 0 < len(expected) < len(a.completions)
+            for found in names:
+                assert found["objective/metric/long"] == pytest.approx(np.mean(expected), abs=1e-6)
             assert torch.equal(
                 a.batch.response_ids * a.batch.response_mask, b.batch.response_ids * b.batch.response_mask
             )

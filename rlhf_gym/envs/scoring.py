@@ -10,7 +10,7 @@ import numpy as np
 
 from rlhf_gym.envs.prompts import Prompt
 from rlhf_gym.rewards import Reward, RewardInputs
-from rlhf_gym.rewards.inputs import check_column_names
+from rlhf_gym.rewards.inputs import Scores, check_column_names
 
 MISSING_EOS = "missing_eos_penalty"
 
@@ -23,7 +23,7 @@ class ScoredResponses:
         totals: Score of each response. Shape (B,), float64. The terms sum to it.
         terms: One entry of the ledger per reward term. Each of shape (B,), float64, NaN where a term did not apply.
         completions: The response texts.
-        metrics: What the metrics said; no part of the score. Each of shape (B,), float64.
+        metrics: What the metrics said; no part of the score. Each of shape (B,), float64, NaN where a metric did not apply.
     """
 
     totals: np.ndarray
@@ -100,7 +100,7 @@ class Scorer:
         memory = self.memory()
         try:
             scores = self.reward.score(inputs)
-            metrics = {name: reward.score(inputs).total for name, reward in self.metrics.items()}
+            metrics = {name: _applied(reward.score(inputs)) for name, reward in self.metrics.items()}
         except BaseException:
             self.restore_memory(memory)
             raise
@@ -125,3 +125,8 @@ class Scorer:
     def token_rewards(self, prompts: Sequence[Prompt], responses: Sequence[list[int]]) -> list[np.ndarray]:
         """What the dense terms pay for each token of each (perhaps unfinished) response."""
         return self.reward.token_rewards(self.inputs(prompts, responses))
+
+
+def _applied(scores: Scores) -> np.ndarray:
+    """The totals, NaN where no term applied: a mean over metrics must not count these responses as 0."""
+    return np.where(np.isnan(list(scores.terms.values())).all(0), np.nan, scores.total)
