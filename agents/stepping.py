@@ -11,10 +11,24 @@ from gymnasium.vector import AutoresetMode, VectorEnv
 from torch import Tensor
 
 from rlhf_gym.kl import estimate_kl
-from rlhf_gym.lm import Engine, join_responses, sample_tokens
+from rlhf_gym.lm import Engine, TokenFilter, join_responses, sample_tokens
 
 from .batch import Batch, Rollout
 from .policy import Policy
+
+
+def token_filter_of(envs: VectorEnv) -> TokenFilter:
+    """Temperature and masks of an environment, or of the rows of Gymnasium's ``SyncVectorEnv``; none where it has none.
+
+    Raises:
+        ValueError: If the rows differ.
+    """
+    base = envs.unwrapped
+    rows = [base] if hasattr(base, "token_filter") else [env.unwrapped for env in getattr(base, "envs", ())]
+    filters = {getattr(row, "token_filter", TokenFilter()) for row in rows} or {TokenFilter()}
+    if len(filters) > 1:
+        raise ValueError(f"all rows of envs must have one temperature and one filter, got {sorted(map(str, filters))}")
+    return filters.pop()
 
 
 def collect_by_stepping(

@@ -10,13 +10,16 @@ import gymnasium as gym
 import numpy as np
 import pytest
 import torch
-from gymnasium.vector import VectorWrapper
+from gymnasium.vector import AutoresetMode, VectorWrapper
 from transformers import AutoModelForCausalLM
-from worlds import EOS, V, make_envs, model
+from worlds import EOS, V, goodness, make_envs, model, tokenizer
 
 from rlhf_gym.agents import PPO
 from rlhf_gym.agents.functional import masked_mean
 from rlhf_gym.agents.logs import rollout_metrics
+from rlhf_gym.agents.policy import Policy
+from rlhf_gym.agents.stepping import collect_by_stepping, token_filter_of
+from rlhf_gym.lm import make_engine
 
 KL_COEF = 0.1
 
@@ -124,6 +127,70 @@ def test_stepping_and_whole_responses_are_the_same_to_the_agent(mode):
                 torch.testing.assert_close(getattr(a.batch, name), getattr(b.batch, name), atol=1e-5, rtol=0, msg=name)
             assert a.completions == b.completions and a.prompts == b.prompts
             torch.testing.assert_close(a.terms["goodness"], b.terms["goodness"])
+
+
+@pytest.mark.parametrize("mode", list(AutoresetMode))
+@pytest.mark.parametrize("changes", [{"top_k": 3, "temperature": 0.6}, {"allowed_tokens": [EOS, 4, 5, 6]}], ids=str)
+def test_sync_vector_env_has_the_filter_of_its_rows(changes, mode):
+    """The same tokens with the same log-probs as in our own environment: temperature, top-k and masks are honoured."""
+    lm, filters, found = model(), [], []
+    for kind, settings in (("sync", {"vector_kwargs": {"autoreset_mode": mode}}), (None, {"autoreset_mode": mode})):
+        vector = gym.make_vec(
+            "rlhf_gym/TextGeneration-v0", num_envs=3, vectorization_mode=kind, **settings, model=lm, tokenizer=tokenizer(),
+            prompts=["the cat", "a"], reward=goodness, max_response_tokens=4, **changes,
+        )  # fmt: skip
+        filters.append(token_filter_of(vector))
+        policy = Policy(model(seed=1), token_filter=filters[-1])
+        uniforms = torch.rand(6, 4, generator=torch.Generator().manual_seed(0))
+        engine = make_engine(policy.model, 3, vector.single_observation_space["input_ids"].shape[0])
+        with torch.no_grad():
+            found.append(collect_by_stepping(vector, policy, engine, uniforms, seed=0).batch)
+    assert filters[0] == filters[1]
+    a, b = found
+    assert torch.equal(a.response_ids * a.response_mask, b.response_ids * b.response_mask)
+    torch.testing.assert_close(a.logprobs * a.response_mask, b.logprobs * b.response_mask, atol=1e-5, rtol=0)
+    assert (a.allowed is None) == (b.allowed is None) == ("top_k" not in changes)
+
+
+class Masked(Plain):
+    """Somebody else's masks: only words of a parity that changes with the length of the text, or EOS."""
+
+    def _told(self, observation, info):
+        mask = (np.arange(V) + observation["attention_mask"].sum(1)[:, None]) % 2 == 0
+        mask[:, EOS] = True
+        return observation, info | {"action_mask": mask.astype(np.int8), "_action_mask": np.ones(len(mask), bool)}
+
+    def reset(self, **arguments):
+        return self._told(*super().reset(**arguments))
+
+    def step(self, actions):
+        observation, *rest, info = super().step(actions)
+        observation, info = self._told(observation, info)
+        return observation, *rest, info
+
+
+@pytest.mark.parametrize("mode", ["next_step", "same_step", "disabled"])
+def test_masks_in_info_are_honoured(mode):
+    policy = Policy(model(seed=1))
+    uniforms = torch.rand(8, 6, generator=torch.Generator().manual_seed(0))
+    vector = Masked(envs(4, kl_coef=0.0, autoreset_mode=mode))
+    engine = make_engine(policy.model, 4, vector.single_observation_space["input_ids"].shape[0])
+    with torch.no_grad():
+        batch = collect_by_stepping(vector, policy, engine, uniforms, seed=0).batch
+    position = batch.prompt_lengths[:, None] + torch.arange(6)
+    fits = ((batch.response_ids + position) % 2 == 0) | (batch.response_ids == EOS)
+    assert batch.response_mask.sum() > 12 and fits[batch.response_mask].all()
+    for row in range(8):  # the probabilities are those of the allowed tokens alone
+        n, p = int(batch.response_mask[row].sum()), int(batch.prompt_lengths[row])
+        with torch.no_grad():
+            logits = policy.model(batch.ids[row : row + 1, : p + n]).logits[0, p - 1 : -1]
+        allowed = (torch.arange(V) + position[row, :n, None]) % 2 == 0
+        allowed[:, EOS] = True
+        assert torch.equal(batch.allowed[row, :n], allowed)
+        expected = torch.log_softmax(logits.masked_fill(~allowed, -torch.inf), -1)
+        torch.testing.assert_close(
+            batch.logprobs[row, :n], expected.gather(1, batch.response_ids[row, :n, None])[:, 0], atol=1e-5, rtol=0
+        )
 
 
 def test_first_minibatch_is_reinforce():
@@ -403,8 +470,6 @@ def test_whitened_advantage_scale_has_the_scores_spread_as_floor():
 
 def test_trains_on_any_vector_env_of_text():
     """Gymnasium's own SyncVectorEnv knows nothing of us: the agent steps it, and learns."""
-    from worlds import goodness, tokenizer
-
     sync = gym.make_vec(
         "rlhf_gym/TextGeneration-v0", num_envs=8, vectorization_mode="sync", model=model(seed=5), tokenizer=tokenizer(), prompts=["the cat"],
         reward=goodness, max_response_tokens=4,
