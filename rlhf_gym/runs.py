@@ -52,6 +52,7 @@ class RunDirectory:
     Args:
         path: The directory; made when missing.
         options: What the run was asked to do, JSON-able; kept in ``config.json``.
+        verb: The command that it is a run of; a run of another is neither overwritten nor resumed.
         overwrite: Delete what an earlier run left there (the names in ``OWN_NAMES``).
         resume: Go on from the checkpoint of an earlier run with the same options; without a checkpoint, start anew.
 
@@ -63,8 +64,10 @@ class RunDirectory:
             the options to resume with differ from those of the run.
     """
 
-    def __init__(self, path: str | Path, options: Mapping[str, Any], *, overwrite: bool = False, resume: bool = False):
-        self.path = Path(path).expanduser()
+    def __init__(
+        self, path: str | Path, options: Mapping[str, Any], *, verb: str = "train", overwrite: bool = False, resume: bool = False
+    ):
+        self.path, self.verb = Path(path).expanduser(), verb
         self.options = dict(options)
         if overwrite and resume:
             raise ValueError("--overwrite and --resume exclude each other: delete the run, or go on with it")
@@ -81,7 +84,8 @@ class RunDirectory:
         self.has_checkpoint = resume and _holds_agent(self.model)
         self.path.mkdir(parents=True, exist_ok=True)
         self.plots.mkdir(exist_ok=True)
-        write_json(self.path / "config.json", {"rlhf_gym": _version("rlhf-gym"), "options": self.options, **machine()})
+        config = {"rlhf_gym": _version("rlhf-gym"), "verb": verb, "options": self.options, **machine()}
+        write_json(self.path / "config.json", config)
 
     def _earlier_options(self) -> dict[str, Any] | None:
         """Options of the run that is there, None when there is none."""
@@ -89,11 +93,14 @@ class RunDirectory:
             return None
         try:
             config = json.loads((self.path / "config.json").read_text(encoding="utf-8"))
-            if "rlhf_gym" in config:
-                return config["options"]
+            verb, options = config["verb"] if "rlhf_gym" in config else None, config["options"]
         except (OSError, ValueError, TypeError, KeyError):
-            pass
-        raise ValueError(f"{self.path} is not empty and holds no run of rlhf-gym; choose another --out or empty it yourself")
+            verb, options = None, None
+        if verb is None:
+            raise ValueError(f"{self.path} is not empty and holds no run of rlhf-gym; choose another --out or empty it yourself")
+        if verb != self.verb:
+            raise ValueError(f"{self.path} holds a run of `rlhf-gym {verb}`; choose another --out or empty it yourself")
+        return options
 
     def _check_same(self, earlier: Mapping[str, Any]) -> None:
         now = json.loads(json.dumps(self.options))  # tuples become lists, as they did in the file

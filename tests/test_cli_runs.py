@@ -10,6 +10,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from rlhf_gym.cli import demo
+from rlhf_gym.cli.options import Demo
 from rlhf_gym.cli.train import train_agent
 from rlhf_gym.runs import MetricsWriter, RunDirectory, read_metrics, read_rows
 
@@ -46,6 +48,19 @@ def test_overwrite_deletes_only_what_a_run_makes(tmp_path):
     (run.path / "notes.txt").write_text("mine")
     RunDirectory(run.path, {**OPTIONS, "agent": "trpo"}, overwrite=True)
     assert sorted(p.name for p in run.path.iterdir()) == ["config.json", "notes.txt", "plots"]
+
+
+def test_a_demo_does_not_replace_a_training_run(tmp_path):
+    run = RunDirectory(tmp_path / "x", OPTIONS)
+    run.write_samples("after", [{"prompt": "p"}])
+    with pytest.raises(ValueError, match="holds a run of `rlhf-gym train`"):
+        demo.run(Demo(out=str(run.path)))
+    assert (run.path / "samples_after.jsonl").exists()
+    RunDirectory(tmp_path / "y", OPTIONS, verb="demo")
+    RunDirectory(tmp_path / "y", OPTIONS, verb="demo", overwrite=True)
+    for how in ({"overwrite": True}, {"resume": True}):
+        with pytest.raises(ValueError, match="holds a run of `rlhf-gym demo`"):
+            RunDirectory(tmp_path / "y", OPTIONS, **how)
 
 
 def test_overwrite_leaves_no_agent_of_a_killed_process(tmp_path):

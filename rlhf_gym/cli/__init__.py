@@ -32,6 +32,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         verb, options = parse(sys.argv[1:] if argv is None else argv)
     except UsageError as error:
         return _fail(str(error))
+    if hasattr(sys.stdout, "reconfigure"):
+        sys.stdout.reconfigure(errors="replace")  # a terminal that cannot show a character of a response shows "?"
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # no warning when a worker forks later
     try:
         return importlib.import_module(VERBS[verb].module).run(options) or 0

@@ -14,6 +14,7 @@ from rlhf_gym.cli.options import Demo, as_dict
 from rlhf_gym.cli.setup import agent_class, quiet_transformers
 from rlhf_gym.cli.tables import print_comparison
 from rlhf_gym.cli.train import report_stop, train_agent
+from rlhf_gym.envs.render import visible
 from rlhf_gym.evaluation import Evaluation, evaluate
 from rlhf_gym.plots import curves, histogram, plot_run
 from rlhf_gym.report import Section, html_report, table
@@ -50,7 +51,7 @@ def run(options: Demo) -> int:
 
     quiet_transformers()
     console, started = Console(highlight=False), time.monotonic()
-    out = RunDirectory(options.out, as_dict(options), overwrite=_is_run(options.out))
+    out = RunDirectory(options.out, as_dict(options), verb="demo", overwrite=_is_run(options.out))
     envs = make_demo_envs(1)
     total = 2 + len(CONTESTANTS)
     console.rule(f"1/{total} The base model writes product reviews", align="left")
@@ -63,7 +64,8 @@ def run(options: Demo) -> int:
     runs = {}
     for i, contestant in enumerate(CONTESTANTS):
         console.rule(f"{i + 2}/{total} {contestant.label} makes the reviews positive and stays near the base model", align="left")
-        folder = RunDirectory(out.path / contestant.name, as_dict(options), overwrite=_is_run(out.path / contestant.name))
+        path = out.path / contestant.name
+        folder = RunDirectory(path, as_dict(options), verb="demo", overwrite=_is_run(path))
         agent = agent_class(contestant.name)(make_demo_envs(contestant.num_envs), seed=options.seed, **contestant.config)
         stop = train_agent(agent, folder, contestant.total_timesteps, checkpoint_every=10, progress_bar=options.progress_bar)
         if stop.signal is not None:
@@ -74,12 +76,12 @@ def run(options: Demo) -> int:
         _show_samples(console, found)
     out.write_samples("before", evaluations["base"].samples)
 
-    console.rule(f"{total}/{total} All of them on held-out prompts", align="left")
-    print_comparison(evaluations)
     plot_run(runs, out.plots / "curves.png")
     page = out.path / "report.html"
     seconds = time.monotonic() - started
     page.write_text(_page(evaluations, runs, seconds), encoding="utf-8")
+    console.rule(f"{total}/{total} All of them on held-out prompts", align="left")
+    print_comparison(evaluations)
     console.print(f"{seconds:.0f} seconds. The report: {page}", soft_wrap=True)
     return 0
 
@@ -97,7 +99,7 @@ def _show_samples(console: Any, evaluation: Evaluation, count: int = 3) -> None:
     from rich.text import Text
 
     for sample in evaluation.samples[:count]:
-        console.print(Text.assemble((f"  {sample['score']:.2f}  ", "bold"), (sample["prompt"], "dim"), " ", sample["response"]))
+        console.print(Text.assemble((f"  {sample['score']:.2f}  ", "bold"), (visible(sample["prompt"]), "dim"), " ", visible(sample["response"])))
 
 
 def _page(evaluations: dict[str, Evaluation], runs: dict[str, Any], seconds: float) -> str:

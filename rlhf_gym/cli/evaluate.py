@@ -20,11 +20,12 @@ def run(options: Evaluate) -> int:
     envs = make_envs(options, num_envs=1, model=policy if source is None else model_source(source))
     model = None if source is None else policy.model
     found = evaluate(model, envs, num_episodes=options.num_episodes, seed=options.seed, greedy=options.greedy)
-    print_comparison({options.model: found})
-    print(f"{len(found.scores)} responses to {found.summary()['num_prompts']} prompts")
     if options.out is not None:
         lines = [json.dumps(sample, ensure_ascii=False) + "\n" for sample in found.samples]
         Path(options.out).write_text("".join(lines), encoding="utf-8")
+    print_comparison({options.model: found})
+    print(f"{len(found.scores)} responses to {found.summary()['num_prompts']} prompts")
+    if options.out is not None:
         print(f"samples: {options.out}")
     return 0
 

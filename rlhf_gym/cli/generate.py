@@ -9,6 +9,7 @@ import torch
 from rlhf_gym.cli.options import Generate
 from rlhf_gym.cli.setup import model_source, quiet_transformers
 from rlhf_gym.envs.prompts import PromptEncoder
+from rlhf_gym.envs.render import visible
 from rlhf_gym.lm import TokenFilter, generate, load_language_model, make_engine
 
 
@@ -42,5 +43,6 @@ def run(options: Generate) -> int:
         response = responses.response_ids[i][responses.response_mask[i]].tolist()
         # Decoded together: many tokenizers drop the space before the first word of what they decode.
         whole, head = (lm.tokenizer.decode(ids, skip_special_tokens=True) for ids in (prompt.tolist() + response, prompt))
-        print(("\n" if i else "") + (text + whole[len(head) :] if whole.startswith(head) else whole))
+        shown = text + whole[len(head) :] if whole.startswith(head) else whole
+        print(("\n" if i else "") + "\n".join(visible(line) for line in shown.split("\n")))
     return 0

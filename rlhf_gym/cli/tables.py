@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+from rlhf_gym.envs.render import visible
 from rlhf_gym.evaluation import Evaluation
 from rlhf_gym.report import table
 
@@ -17,7 +18,7 @@ def print_comparison(evaluations: Mapping[str, Evaluation]) -> None:
     header, rows = table(evaluations)
     shown = Table(title="means ± half of their 95 % intervals over prompts", title_justify="left")
     for i, name in enumerate(header):
-        shown.add_column(escape(name), justify="left" if i == 0 else "right")
+        shown.add_column(escape(visible(name)), justify="left" if i == 0 else "right")
     for row in rows:
-        shown.add_row(*(escape(cell) for cell in row))
+        shown.add_row(*(escape(visible(cell)) for cell in row))
     Console().print(shown)
