@@ -212,3 +212,24 @@ def _damaged_copy(target):
         file.seek(-1, os.SEEK_END)
         file.write(bytes([last[0] ^ 1]))
     return target
+
+
+def test_a_device_that_is_not_there(place, capsys):
+    for device in ("foo", "cuda:99"):
+        assert main(["generate", "--model", "base", "--device", device]) == 2
+        assert f"device must be 'auto' or one that torch can use here, got '{device}'" in one_line(capsys)
+
+
+def test_generated_text_drives_no_terminal(place, capsys, monkeypatch):
+    words = tokenizer()
+    monkeypatch.setattr(type(words), "decode", lambda self, ids, **how: "a\x1b[2J\nb\u202e"[: None if len(ids) > 1 else 0])
+    assert main(["generate", "--model", "base", "--prompt", "the", "--max-response-tokens", "2"]) == 0
+    assert capsys.readouterr().out == "thea\\x1b[2J\nb\\u202e\n"
+
+
+def test_a_terminal_that_knows_no_unicode_costs_no_samples(place):
+    command = "evaluate --model base --reward length --prompts prompts.jsonl --num-episodes 4 --max-response-tokens 6 --out samples.jsonl"
+    environment = {**os.environ, "PYTHONIOENCODING": "ascii", "PYTHONUTF8": "0"}
+    done = subprocess.run([sys.executable, "-m", "rlhf_gym", *command.split()], env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert len(Path("samples.jsonl").read_text().splitlines()) == 4 and "samples: samples.jsonl" in done.stdout

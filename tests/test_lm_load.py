@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -205,3 +207,41 @@ def test_disable_dropout(family):
         assert not torch.equal(net(input_ids=ids).logits, net(input_ids=ids).logits)
         disable_dropout(net)
         torch.testing.assert_close(net(input_ids=ids).logits, net.eval()(input_ids=ids).logits)
+
+
+def test_a_loaded_model_is_not_asked_to_be_another(saved):
+    loaded = load_language_model(saved, device="cpu", dtype="float32")
+    again = load_language_model(loaded, new_tokenizer(), device="cpu", dtype=torch.float32)  # nothing new
+    assert again is loaded and load_language_model(loaded, str(saved)) is loaded
+    for arguments, says in (
+        ({"dtype": "bfloat16"}, "dtype='bfloat16', but the LanguageModel"),
+        ({"device": "meta"}, "device='meta', but the LanguageModel"),
+        ({"tokenizer": new_tokenizer(size=5)}, "tokenizer must not be given with the LanguageModel"),
+    ):
+        with pytest.raises(ValueError, match=says):
+            load_language_model(loaded, **arguments)
+
+
+@pytest.mark.parametrize("device", ["foo", "cuda:99", "cpu:x"])
+def test_a_device_that_cannot_be_used_is_named(saved, device):
+    for model in (saved, new_model("gpt2"), load_language_model(saved)):
+        with pytest.raises(ValueError, match=f"device must be 'auto' or one that torch can use here, got '{device}'"):
+            load_language_model(model, new_tokenizer(eos_token="t2"), device=device)
+
+
+def test_loading_brings_the_modules_of_known_types_only_when_needed(tmp_path, saved):
+    table = {"": {"a": 0.5, "<eos>": 0.5}}
+    code = """
+import sys
+from rlhf_gym.lm import load_language_model
+load_language_model(sys.argv[1])
+assert not any(name.startswith("rlhf_gym.exact") for name in sys.modules)
+assert type(load_language_model(sys.argv[2]).model).__name__ == "NgramForCausalLM"
+"""
+    from rlhf_gym.exact import ngram_from_table
+
+    made = ngram_from_table(table, eos="<eos>")
+    made.model.save_pretrained(tmp_path)
+    made.tokenizer.save_pretrained(tmp_path)
+    done = subprocess.run([sys.executable, "-c", code, str(saved), str(tmp_path)], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr

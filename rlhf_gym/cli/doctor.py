@@ -123,7 +123,7 @@ def _graphics() -> Iterator[Finding]:
 
 
 def _hub() -> Iterator[Finding]:
-    from rlhf_gym.lm.load import _reachable
+    from rlhf_gym.lm.load import is_reachable
 
     if os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "ON", "YES", "TRUE"):
         yield Finding("Hugging Face hub", "not asked: HF_HUB_OFFLINE is set")
@@ -131,7 +131,7 @@ def _hub() -> Iterator[Finding]:
     url = os.environ.get("HF_ENDPOINT", "https://huggingface.co")
     # No fault when it cannot: everything packaged works without it.
     offline = "cannot be reached; use packaged models, directories or what is in the cache"
-    yield Finding("Hugging Face hub", f"{url} {'can be reached' if _reachable(url) else offline}")
+    yield Finding("Hugging Face hub", f"{url} {'can be reached' if is_reachable(url) else offline}")
 
 
 def _packaged_model() -> Iterator[Finding]:

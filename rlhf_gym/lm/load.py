@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import importlib
 import os
 import threading
 from dataclasses import dataclass
@@ -18,6 +19,13 @@ from . import lstm  # noqa: F401 - registers its model type
 
 PACKAGED_MODELS: dict[str, Path] = {"tiny-reviews": Path(__file__).parents[1] / "tasks" / "tiny_reviews" / "model"}
 """Models that come with the package: name -> directory."""
+
+# Modules that register further model types with transformers, by type; they need this one, so they are imported when used.
+_REGISTERED_BY = {
+    "rlhf_gym_ngram": "rlhf_gym.exact.ngram",
+    "rlhf_gym_residual": "rlhf_gym.exact.residual",
+    "rlhf_gym_tabular": "rlhf_gym.exact.policies",
+}
 
 _HUB_TIMEOUT_S = 4.0
 
@@ -73,7 +81,8 @@ def load_language_model(
     Args:
         model: The name of a packaged model ("tiny-reviews"), a directory, an id on the Hugging Face hub, a ".gguf"
             file, a model object (used as it is: moved or cast only when ``device`` or ``dtype`` say so; it is put in
-            eval mode and its parameters stop requiring gradients), or a `LanguageModel` (returned as it is).
+            eval mode and its parameters stop requiring gradients), or a `LanguageModel` (returned as it is; the other
+            arguments must not ask for anything else).
         tokenizer: The same choices, or a tokenizer object; None is the one beside the model.
         device: Where to put the model; "auto" is CUDA where there is one, else the CPU.
         dtype: What to compute in, "float32" or "bfloat16" for instance; "auto" is bfloat16 on a CUDA device that has
@@ -83,30 +92,35 @@ def load_language_model(
         The model, its tokenizer and their special tokens.
 
     Raises:
-        ValueError: If the model or the tokenizer cannot be found or do not fit each other. Says what to do.
+        ValueError: If the model or the tokenizer cannot be found or do not fit each other, or the device cannot be used.
+            Says what to do.
     """
+    if device != "auto":
+        device = torch_device(device)
     if isinstance(model, LanguageModel):
+        _check_same(model, tokenizer, device, dtype)
         return model
     if isinstance(model, nn.Module):
         if not hasattr(model, "get_output_embeddings"):
             raise TypeError(f"model must be a causal language model of transformers, got a {type(model).__name__}")
         name = getattr(model.config, "_name_or_path", "") or type(model).__name__
-        source = _Source(name, Path(name)) if Path(name).is_dir() else None
+        source = Source(name, Path(name)) if Path(name).is_dir() else None
         if device != "auto":
             model = model.to(device)
         if dtype != "auto":
             model = model.to(_torch_dtype(dtype, model.device))
     else:
         name = os.fspath(model)
-        source = _find("model", name)
-        device = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device)
+        source = find_source("model", name)
+        if device == "auto":
+            device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         model = _load_model(source, _torch_dtype(dtype, device)).to(device)
     if tokenizer is None:
         if source is None:
             raise ValueError(f"tokenizer must be given with a {name} object that was not loaded from a directory")
         tokenizer = _load_tokenizer(source)
     elif isinstance(tokenizer, (str, os.PathLike)):
-        tokenizer = _load_tokenizer(_find("tokenizer", os.fspath(tokenizer)))
+        tokenizer = _load_tokenizer(find_source("tokenizer", os.fspath(tokenizer)))
     model.eval().requires_grad_(False)
     return _describe(model, tokenizer, name)
 
@@ -135,6 +149,37 @@ def disable_dropout(model: nn.Module) -> None:
                 setattr(module, name, 0.0)
 
 
+def torch_device(device: torch.device | str) -> torch.device:
+    """The device of that name, once it is known to work.
+
+    Raises:
+        ValueError: If torch knows no such device or cannot use it here.
+    """
+    try:
+        found = torch.device(device)
+        torch.empty(1, device=found)
+    except (RuntimeError, AssertionError, NotImplementedError, TypeError) as error:
+        reason = str(error).splitlines()[0]
+        raise ValueError(
+            f"device must be 'auto' or one that torch can use here, got {str(device)!r}: {reason}"
+        ) from error
+    return found
+
+
+def _check_same(lm: LanguageModel, tokenizer: Any, device: torch.device | str, dtype: torch.dtype | str) -> None:
+    """Refuse arguments that a loaded model does not agree with: it is shared, so it is neither moved nor changed."""
+    if isinstance(tokenizer, (str, os.PathLike)):
+        tokenizer = _load_tokenizer(find_source("tokenizer", os.fspath(tokenizer)))
+    if tokenizer is not None and tokenizer is not lm.tokenizer and tokenizer.get_vocab() != lm.tokenizer.get_vocab():
+        raise ValueError(
+            f"tokenizer must not be given with the LanguageModel {lm.name!r}, which has another one already"
+        )
+    if device != "auto" and (device.type != lm.device.type or device.index not in (None, lm.device.index)):
+        raise ValueError(f"device={str(device)!r}, but the LanguageModel {lm.name!r} is on {lm.device}; load it there")
+    if dtype != "auto" and _torch_dtype(dtype, lm.device) != lm.dtype:
+        raise ValueError(f"dtype={str(dtype)!r}, but the LanguageModel {lm.name!r} is in {lm.dtype}; load it in that")
+
+
 def _torch_dtype(dtype: torch.dtype | str, device: torch.device) -> torch.dtype:
     if isinstance(dtype, torch.dtype):
         return dtype
@@ -147,7 +192,7 @@ def _torch_dtype(dtype: torch.dtype | str, device: torch.device) -> torch.dtype:
 
 
 @dataclass(frozen=True)
-class _Source:
+class Source:
     """Where files are loaded from: a directory, a .gguf file, or an id on the hub."""
 
     name: str
@@ -164,13 +209,13 @@ class _Source:
         return str(self.path), safe
 
 
-def _find(argument: str, name: str) -> _Source:
+def find_source(argument: str, name: str) -> Source:
     """Finds a model or tokenizer; ``argument`` is what the caller called it. Raises ValueError when it is nowhere."""
     if name in PACKAGED_MODELS:
-        return _Source(name, PACKAGED_MODELS[name])
+        return Source(name, PACKAGED_MODELS[name])
     path = Path(name).expanduser()
     if path.is_dir() or (path.suffix == ".gguf" and path.is_file()):
-        return _Source(name, path)
+        return Source(name, path)
     if path.is_file():
         raise ValueError(f"{argument}={name!r} is a file: give the directory that holds it, or a .gguf file")
     if path.suffix == ".gguf" or name.startswith((".", "/", "~")) or name.count("/") > 1 or "\\" in name:
@@ -189,17 +234,17 @@ def _find(argument: str, name: str) -> _Source:
         raise ValueError(f"{nowhere} no id that the Hugging Face hub could have: {error}") from error
     # Without this probe transformers tries for most of a minute before it fails.
     forbidden = huggingface_hub.constants.HF_HUB_OFFLINE
-    out_of_reach = forbidden or not _reachable(endpoint)
+    out_of_reach = forbidden or not is_reachable(endpoint)
     if out_of_reach and not cached:
         why = "HF_HUB_OFFLINE forbids to download it" if forbidden else f"{endpoint} cannot be reached"
         raise ValueError(
             f"{nowhere} as an id on the Hugging Face hub it is not in the local cache, while {why}. Give a directory "
             "that `save_pretrained` wrote, or load it once where there is a network."
         )
-    return _Source(name, None, out_of_reach)
+    return Source(name, None, out_of_reach)
 
 
-def _reachable(url: str) -> bool:
+def is_reachable(url: str) -> bool:
     """Whether a server answers within the timeout, through a proxy where one is set."""
     from huggingface_hub.utils import get_session
 
@@ -221,9 +266,7 @@ def _reachable(url: str) -> bool:
     return answered.is_set()
 
 
-def _load_model(source: _Source, dtype: torch.dtype) -> PreTrainedModel:
-    import rlhf_gym.exact  # noqa: F401 - registers its model types; it needs this module, so not earlier
-
+def _load_model(source: Source, dtype: torch.dtype) -> PreTrainedModel:
     where, arguments = source.arguments()
     is_gguf = "gguf_file" in arguments
     if source.path is not None and not is_gguf and not (source.path / "config.json").is_file():
@@ -232,6 +275,10 @@ def _load_model(source: _Source, dtype: torch.dtype) -> PreTrainedModel:
     if source.path is not None:  # only a download takes long enough for one
         transformers.logging.disable_progress_bar()
     try:
+        if not is_gguf:
+            model_type = transformers.PretrainedConfig.get_config_dict(where, **arguments)[0].get("model_type")
+            if model_type in _REGISTERED_BY:
+                importlib.import_module(_REGISTERED_BY[model_type])
         model = AutoModelForCausalLM.from_pretrained(
             where, dtype=dtype, **arguments, **({} if is_gguf else {"use_safetensors": True})
         )
@@ -248,7 +295,7 @@ def _load_model(source: _Source, dtype: torch.dtype) -> PreTrainedModel:
     return model
 
 
-def _load_tokenizer(source: _Source) -> Any:
+def _load_tokenizer(source: Source) -> Any:
     where, arguments = source.arguments()
     try:
         return AutoTokenizer.from_pretrained(where, **arguments)

@@ -175,9 +175,9 @@ def _load(source: str, device: torch.device | str) -> Any:
     import torch
     from transformers import AutoModelForSequenceClassification, logging
 
-    from rlhf_gym.lm.load import _find
+    from rlhf_gym.lm.load import find_source
 
-    place, arguments = _find("classifier", source).arguments()
+    place, arguments = find_source("classifier", source).arguments()
     device = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device)
     verbosity, progress_bar = logging.get_verbosity(), logging.is_progress_bar_enabled()
     logging.set_verbosity_error()  # what it would report of missing weights is an error of ours below
@@ -217,9 +217,9 @@ def _load_tokenizer(tokenizer: Any, source: str) -> Any:
         )
     from transformers import AutoTokenizer
 
-    from rlhf_gym.lm.load import _find
+    from rlhf_gym.lm.load import find_source
 
-    where, arguments = _find("tokenizer", place).arguments()
+    where, arguments = find_source("tokenizer", place).arguments()
     try:
         loaded = AutoTokenizer.from_pretrained(where, **arguments)
     except Exception as error:
