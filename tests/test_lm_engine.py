@@ -336,13 +336,15 @@ def test_more_tokens_than_the_context_are_refused():
 # Modes and precision --------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("family", ["gpt2", "gemma3-mixed"])
-def test_dropout_never_reaches_an_engine(family):
+@pytest.mark.parametrize(("family", "part_only"), [("gpt2", False), ("gpt2", True), ("gemma3-mixed", False)])
+def test_dropout_never_reaches_an_engine(family, part_only):
     net = new_model(family, attention_dropout=0.5) if family != "gpt2" else new_model(family)
     row = torch.tensor([1, 2, 3, 4])
     expected = true_logits(net, row)[-1]
     net.train()
     list(net.modules())[-1].eval()  # a part that its owner keeps in eval mode
+    if part_only:
+        net.training = False
     modes = [module.training for module in net.modules()]
     engine = make_engine(net, 1, 8)
     engine.prefill(torch.tensor([0]), row[None, :3], torch.tensor([3]))

@@ -20,7 +20,12 @@ from torch import Tensor, nn
 @contextlib.contextmanager
 def inference(model: nn.Module | None) -> Iterator[None]:
     """No gradients and no dropout inside; every module's training mode is put back afterwards."""
-    training = [module for module in model.modules() if module.training] if model is not None and model.training else []
+    training, stack = [], [] if model is None else [model]
+    while stack:  # several times as fast as modules(), and this runs for every token
+        module = stack.pop()
+        if module.training:  # a part can be, in a model that is not
+            training.append(module)
+        stack += [child for child in module._modules.values() if child is not None]
     for module in training:
         module.training = False
     try:
