@@ -19,7 +19,7 @@ export HF_HUB_OFFLINE ?= 1
 .DEFAULT_GOAL := help
 
 help:
-	@echo "make demo     train a small language model with PPO and TRPO and open the report (minutes, 2 cores)"
+	@echo "make demo     train a small language model with PPO and TRPO and write a report (minutes, 2 cores)"
 	@echo "make test     run the tests (PYTEST_ARGS='-n 2' chooses how)"
 	@echo "make check    ruff and mypy"
 	@echo "make bench    throughput on this machine"
