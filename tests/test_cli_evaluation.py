@@ -5,6 +5,7 @@ from __future__ import annotations
 import html.parser
 import math
 
+import gymnasium as gym
 import numpy as np
 import pytest
 import torch
@@ -199,3 +200,17 @@ def test_columns_of_a_taken_name_are_found_when_the_environment_is_made(column, 
         make_envs(1, prompts=[{"prompt": "the", column: "x"}], reward=reward)
     with pytest.raises(ValueError, match=says):
         make_envs(1, prompts=[{"prompt": "the", column: "x"}], metrics={"m": reward})
+
+
+def test_clone_state_knows_what_a_reward_remembers():
+    envs = make_envs(1, reward=normalize(goodness)).unwrapped
+    state = envs.clone_state()
+    envs.process.scorer.score(envs.process.prompts[:1], [[4, EOS]], np.ones(1, dtype=bool))
+    assert envs.process.scorer.memory()[0]["count"] == 1
+    envs.restore_state(state)
+    assert envs.process.scorer.memory() == [{"count": 0, "mean": 0.0, "m2": 0.0}]
+
+
+def test_a_device_without_a_model_is_checked_as_well():
+    with pytest.raises(ValueError, match="device must be .* got 'foo'"):
+        gym.make_vec("rlhf_gym/TextGeneration-v0", tokenizer=tokenizer(), prompts=["the"], reward=goodness, device="foo")

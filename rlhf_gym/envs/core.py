@@ -22,6 +22,7 @@ from rlhf_gym.envs.prompts import Prompt, PromptEncoder, PromptOrder, read_promp
 from rlhf_gym.envs.scoring import ScoredResponses, Scorer
 from rlhf_gym.kl import estimate_kl, exact_kl
 from rlhf_gym.lm import Engine, LanguageModel, TokenFilter, load_language_model, make_engine, pad_sequences
+from rlhf_gym.lm.load import torch_device
 from rlhf_gym.rewards import as_reward
 
 STOP_REASONS = ("", "eos", "length")  # index = the int8 code of torch mode
@@ -198,7 +199,7 @@ class TextGenerationProcess:
                 "alone, for no reference)"
             )
         self.tokenizer, self.vocab_size = tokenizer, len(tokenizer)
-        self.device = torch.device("cpu" if device == "auto" else device)
+        self.device = torch_device("cpu" if device == "auto" else device)
         if tokenizer.eos_token_id is None:
             raise ValueError("tokenizer must have an EOS token: without one no response ends before the length limit")
         self.eos_token_ids, self.bos_token_id = (tokenizer.eos_token_id,), tokenizer.bos_token_id
@@ -504,7 +505,7 @@ class TextGenerationProcess:
         state["announced"] = None if self._announced is None else self._announced.clone()
         state["engine"] = self._engine.snapshot() if self._engine is not None else None
         state["row_prompts"], state["row_results"] = list(self.row_prompts), copy.deepcopy(self.row_results)
-        state["orders"] = copy.deepcopy(self._orders)
+        state["orders"], state["memory"] = copy.deepcopy(self._orders), self.scorer.memory()
         return state
 
     def restore_state(self, state: dict[str, Any]) -> None:
@@ -527,6 +528,7 @@ class TextGenerationProcess:
             self._engine.invalidate() if state["engine"] is None else self._engine.restore(state["engine"])
         self.row_prompts, self.row_results = list(state["row_prompts"]), copy.deepcopy(state["row_results"])
         self._orders = copy.deepcopy(state["orders"])
+        self.scorer.restore_memory(state["memory"])
 
 
 def are_logprobs(x: Tensor, exact: bool) -> tuple[Tensor, str]:
