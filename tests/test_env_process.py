@@ -247,35 +247,38 @@ def test_masked_reset_leaves_other_rows_alone():
     np.testing.assert_allclose(left[[0, 2]], right[[0, 2]], atol=1e-6)
 
 
-@pytest.mark.parametrize("kind", ["gpt2", "lstm"])
-def test_clone_and_restore_give_the_same_stream(kind):
-    envs = make_envs(3, kind, kl_coef=0.1)
+@pytest.mark.parametrize("mode", ["next_step", "same_step", "disabled"])
+@pytest.mark.parametrize(("kind", "top_k"), [("gpt2", None), ("lstm", None), ("gpt2", 4)])
+def test_clone_and_restore_give_the_same_stream(kind, top_k, mode):
+    """The state holds the announcement and the rows that await their reset; it can be restored more than once."""
+    envs = make_envs(3, kind, kl_coef=0.1, top_k=top_k, autoreset_mode=mode, max_response_tokens=3)
     envs.reset(seed=5)
     rng = np.random.default_rng(1)
 
-    def stream(actions):
+    def stream(draws, announced=False):
         seen = []
-        for a in actions:
-            envs.unwrapped.announce_logprobs(np.full(3, -0.5))
-            obs, rewards, terminated, _, info = envs.step(a)
-            seen.append(
-                (
-                    obs["input_ids"].tolist(),
-                    rewards.tolist(),
-                    terminated.tolist(),
-                    info["ref_logprob"].tolist(),
-                    info["prompt_index"].tolist(),
-                )
-            )
+        for draw in draws:
+            masks = envs.unwrapped.action_masks()
+            if not announced:
+                envs.unwrapped.announce_logprobs(np.full(3, -0.5))
+            announced = False
+            actions = [np.flatnonzero(mask)[i % mask.sum()] for mask, i in zip(masks, draw, strict=True)]
+            obs, rewards, terminated, _, info = envs.step(np.array(actions))
+            now = [obs["input_ids"], rewards, terminated, info["ref_logprob"], info["prompt_index"], masks]
+            seen.append([x.tolist() for x in now])
+            if mode == "disabled" and terminated.any():
+                envs.reset(options={"reset_mask": terminated})
         return seen
 
-    stream(rng.integers(0, V, size=(4, 3)))
+    past = stream(rng.integers(0, V, size=(3, 3)))
+    assert any(past[2][2])  # rows have ended: in next_step mode they await their reset
+    envs.unwrapped.announce_logprobs(np.full(3, -0.9))
     state = envs.unwrapped.clone_state()
-    future = rng.integers(0, V, size=(12, 3))
-    first = stream(future)
-    for _ in range(2):  # a state can be restored more than once
+    future = rng.integers(0, V, size=(9, 3))
+    first = stream(future, announced=True)
+    for _ in range(2):
         envs.unwrapped.restore_state(state)
-        assert stream(future) == first
+        assert stream(future, announced=True) == first
 
 
 @pytest.mark.parametrize("changes", [{"num_envs": 4}, {"num_envs": 2, "max_response_tokens": LENGTH + 1}])

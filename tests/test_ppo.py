@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import copy
 import json
+from dataclasses import replace
 
 import gymnasium as gym
 import numpy as np
@@ -225,19 +226,43 @@ def test_gradient_accumulation_equals_one_batch():
 
 
 def test_nothing_after_the_end_matters():
-    """Statement 7 through the whole update: junk after the end leaves the gradients bit for bit as they were."""
-    gradients = []
+    """Statement 7 through the whole update (GAE, scaling, two epochs): junk after the end leaves every weight and
+    metric bit for bit as they were."""
+    results = []
     for junk in (0.0, 1e30, float("nan")):
-        agent = PPO(envs(), seed=0)
-        batch = collected(agent)
-        for name in ("logprobs", "values", "rewards"):
-            getattr(batch, name)[~batch.response_mask] = junk
-        batch.response_ids[~batch.response_mask] = 5 if junk else 0
-        agent._accumulate_gradients(batch, batch.rewards, batch.rewards, torch.arange(len(batch)))
-        gradients.append([p.grad.clone() for p in agent.policy.parameters()])
-    for other in gradients[1:]:
-        for a, b in zip(gradients[0], other, strict=True):
-            assert torch.equal(a, b)
+        agent = PPO(envs(), seed=0, num_epochs=2, learning_rate=1e-2)
+        agent.policy.value_head.weight.data.normal_(generator=torch.Generator().manual_seed(0))
+        agent.envs.reset(seed=0)
+        rollout = agent.collector.collect()
+        batch = rollout.batch
+        after = ~batch.response_mask
+        assert after.any()
+        for name in ("logprobs", "values", "rewards", "kl"):
+            getattr(batch, name)[after] = junk
+        batch.response_ids[after] = 5 if junk else 0
+        ends = (batch.prompt_lengths + batch.response_mask.sum(1))[:, None]
+        batch.ids[torch.arange(batch.ids.shape[1]) >= ends] = 5 if junk else 0
+        agent.total_timesteps = 1000
+        metrics = agent.update(rollout)
+        results.append((json.dumps(metrics), weights(agent.policy)))
+    for metrics, after in results[1:]:
+        assert metrics == results[0][0]
+        assert all(torch.equal(after[name], tensor) for name, tensor in results[0][1].items())
+
+
+@pytest.mark.parametrize(("dtype", "mismatch"), [("float32", 0.0), ("bfloat16", 0.25)])
+def test_logprob_mismatch(dtype, mismatch):
+    """How far sampling's log-probs were from the training forward's: here they are moved by .25 nats. In bfloat16 the
+    forward's own are taken, so that the ratio begins at 1 all the same."""
+    agent = PPO(envs(kl_coef=0.0), seed=0, dtype=dtype, num_epochs=1, num_minibatches=1)
+    rollout = agent.collector.collect()
+    with torch.no_grad():
+        logprobs = agent.policy(rollout.batch)[0]
+    rollout.batch = replace(rollout.batch, logprobs=torch.where(rollout.batch.response_mask, logprobs - mismatch, 0.0))
+    agent.total_timesteps = 1000
+    metrics = agent.update(rollout)
+    assert metrics["train/logprob_mismatch"] == pytest.approx(mismatch, abs=1e-2)
+    assert metrics["train/ratio"] == pytest.approx(1, abs=1e-2)
 
 
 def test_dropout_stays_off():
@@ -255,8 +280,8 @@ def test_learning_rate_zero_changes_nothing_and_reference_never_moves():
     agent = PPO(envs(model=lm), seed=0, learning_rate=0.0)
     before = weights(agent.policy)
     metrics = []
-    agent.learn(10 * 40, callback=lambda _, m: metrics.append(m))
-    assert len(metrics) >= 8
+    agent.learn(10_000, callback=lambda _, m: metrics.append(m) or len(metrics) < 10)
+    assert len(metrics) == 10
     for name, tensor in weights(agent.policy).items():
         assert torch.equal(tensor, before[name])
     assert all(
@@ -453,8 +478,6 @@ def test_whitened_advantage_scale_has_the_scores_spread_as_floor():
         seen.setdefault("a", advantages) is None or original(batch, advantages, returns, rows)
     )
     rollout = agent.collector.collect()
-    from dataclasses import replace
-
     mask = rollout.batch.response_mask
     noise = 1e-3 * torch.randn(mask.shape, generator=torch.Generator().manual_seed(0))
     rollout.batch = replace(
@@ -563,7 +586,5 @@ def test_equal_scores_do_not_blow_up_noise():
     batch = collected(agent)
     spread = agent._score_spread(batch)
     assert spread == pytest.approx(batch.scores.std(correction=0).item())
-    from dataclasses import replace
-
     same = replace(batch, scores=torch.ones_like(batch.scores))
     assert agent._score_spread(same) == pytest.approx(0.99 * spread)
