@@ -35,6 +35,24 @@ def test_check_vector_env(mode, output):
         rlhf_gym.check_vector_env(make_envs(3, autoreset_mode=mode, output=output))
 
 
+@pytest.mark.parametrize("mode", ["next_step", "same_step", "disabled"])
+@pytest.mark.parametrize(
+    "changes", [{"kl_coef": 0.1}, {"top_k": 3}, {"allowed_tokens": [EOS, 4, 5]}], ids=["kl", "top_k", "allowed"]
+)
+def test_check_vector_env_of_other_settings(mode, changes):
+    """With announcements, masks and masked resets."""
+    envs = make_envs(3, autoreset_mode=mode, max_response_tokens=4, **changes)
+
+    def announce(observations, infos, actions):
+        envs.unwrapped.announce_logprobs(-0.1 * (1 + np.asarray(actions)))
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        rlhf_gym.check_vector_env(
+            envs, num_steps=30, before_step=announce if "kl_coef" in changes else None, reset_mask=True
+        )
+
+
 def test_ids_make_both_kinds():
     assert isinstance(make_env().unwrapped, rlhf_gym.TextGenerationEnv)
     assert isinstance(make_envs(), rlhf_gym.TextGenerationVectorEnv)

@@ -247,6 +247,31 @@ def test_masked_reset_leaves_other_rows_alone():
     np.testing.assert_allclose(left[[0, 2]], right[[0, 2]], atol=1e-6)
 
 
+def test_masked_reset_clears_a_pending_autoreset():
+    """A row that has ended and is reset by hand acts at the next step; the other one is still reset by it."""
+    envs = make_envs(2)
+    envs.reset(seed=0)
+    assert envs.step(np.array([EOS, EOS]))[2].all()
+    before, _ = envs.reset(options={"reset_mask": np.array([True, False])})
+    after, _, _, _, info = envs.step(np.array([5, 5]))
+    length = int(before["attention_mask"][0].sum())
+    assert after["attention_mask"][0].sum() == length + 1 and after["input_ids"][0, length] == 5
+    assert info["_ref_logprob"].tolist() == [True, False]
+    assert after["attention_mask"][1].sum() == len(envs.unwrapped.process.row_prompts[1].ids)
+
+
+def test_seed_with_reset_mask_seeds_the_chosen_rows():
+    """Row 1 begins the order of prompts of its seed; row 0 goes on with its own."""
+    envs, unasked, seeded = (make_envs(2, prompts=[str(i) for i in range(9)]) for _ in range(3))
+    for each in (envs, unasked):
+        each.reset(seed=0)
+    _, info = envs.reset(seed=50, options={"reset_mask": np.array([False, True])})
+    orders = [info["prompt_index"], *(envs.reset()[1]["prompt_index"] for _ in range(6))]
+    expected = [seeded.reset(seed=50)[1]["prompt_index"], *(seeded.reset()[1]["prompt_index"] for _ in range(6))]
+    assert [o[1] for o in orders] == [o[1] for o in expected]
+    assert [o[0] for o in orders[1:]] == [unasked.reset()[1]["prompt_index"][0] for _ in range(6)]
+
+
 @pytest.mark.parametrize("mode", ["next_step", "same_step", "disabled"])
 @pytest.mark.parametrize(("kind", "top_k"), [("gpt2", None), ("lstm", None), ("gpt2", 4)])
 def test_clone_and_restore_give_the_same_stream(kind, top_k, mode):
