@@ -11,6 +11,7 @@ from sb3_contrib import RecurrentPPO
 from stable_baselines3 import A2C, DQN, PPO
 from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.evaluation import evaluate_policy
+from stable_baselines3.common.logger import Logger
 from stable_baselines3.common.monitor import Monitor
 from stable_baselines3.common.vec_env import DummyVecEnv, VecNormalize
 from tokenizers import Tokenizer, models, pre_tokenizers
@@ -86,6 +87,7 @@ def train(cls, venv, envs, callback=None, steps=16, **arguments):
     if cls is PPO:
         defaults |= dict(batch_size=16, n_epochs=2)
     agent = cls(LMActorCriticPolicy, venv, **(defaults | arguments))
+    agent.set_logger(Logger(None, []))  # the default one makes a directory for each
     return agent.learn(steps * venv.num_envs, callback=callback)
 
 
@@ -366,7 +368,7 @@ def test_predict_and_evaluate_policy():
 
 def test_refusals():
     envs = vector(top_k=3)
-    with pytest.raises(ValueError, match="top_k or top_p"):
+    with pytest.raises(ValueError, match="top_k and top_p"):
         PPO(LMActorCriticPolicy, GymVectorToSB3(envs), policy_kwargs=policy_kwargs(envs))
     with pytest.raises(TypeError, match="input_ids"):
         PPO(LMActorCriticPolicy, "CartPole-v1", policy_kwargs={"language_model": language_model()})

@@ -10,6 +10,7 @@ import pytest
 import sb3_contrib
 import torch
 from gymnasium import spaces
+from stable_baselines3.common.logger import Logger
 from stable_baselines3.common.vec_env import DummyVecEnv
 from transformers import GPT2Config, GPT2LMHeadModel, GPTNeoXConfig, GPTNeoXForCausalLM, LlamaConfig, LlamaForCausalLM
 
@@ -68,7 +69,9 @@ def algorithm(cls, policy="lm", model=None, **arguments):
         venv, policy_class = DummyVecEnv([ThreesEnv] * 4), LMActorCriticPolicy
         kwargs = {"language_model": model or language_model()}
     defaults = dict(n_steps=32, batch_size=16, gamma=1.0, seed=0, device="cpu", n_critic_updates=2, cg_max_steps=6)
-    return cls(policy_class, venv, policy_kwargs=kwargs, **(defaults | arguments))
+    agent = cls(policy_class, venv, policy_kwargs=kwargs, **(defaults | arguments))
+    agent.set_logger(Logger(None, []))  # the default one makes a directory for each
+    return agent
 
 
 def parameters_after_update(agent, num_updates=1):

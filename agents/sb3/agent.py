@@ -73,11 +73,11 @@ class SB3Agent:
         algorithm = algorithm or self.algorithm_class
         if not (isinstance(algorithm, type) and issubclass(algorithm, OnPolicyAlgorithm)):
             raise TypeError(f"algorithm must be an on-policy class of Stable-Baselines3 such as PPO, got {algorithm!r}")
-        self.config = config if self.config_class is None else _make_config(self.config_class, config)
+        self.config: Any = config if self.config_class is None else _make_config(self.config_class, config)
         self.envs, self.seed = envs, seed
         base = envs.unwrapped
         source, self.tokenizer = _starting_model(base, policy)
-        arguments = dict(self.config) if self.config_class is None else dataclasses.asdict(self.config)
+        arguments = dict(self.config) if isinstance(self.config, dict) else dataclasses.asdict(self.config)
         critic = arguments.pop("critic", "shared")
         if critic not in ("shared", "separate"):
             raise ValueError(f"critic must be 'shared' or 'separate', got {critic!r}")
@@ -310,12 +310,12 @@ def _starting_model(base: Any, policy: Any) -> tuple[Any, Any]:
     return policy, tokenizer
 
 
-def _get_generators() -> tuple[Tensor, tuple]:
+def _get_generators() -> tuple[Tensor, Any]:
     return torch.get_rng_state(), np.random.get_state()
 
 
 @contextlib.contextmanager
-def _generators(state: tuple[Tensor, tuple] | None) -> Iterator[None]:
+def _generators(state: tuple[Tensor, Any] | None) -> Iterator[None]:
     """Inside, the global generators that SB3 draws from are in the given state; afterwards the caller's are back."""
     outside = _get_generators()
     try:
@@ -331,7 +331,8 @@ def _generators(state: tuple[Tensor, tuple] | None) -> Iterator[None]:
 def _optimizer_state(optimizer: torch.optim.Optimizer) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """The optimiser's tensors, for safetensors, and its numbers, for JSON."""
     saved = optimizer.state_dict()
-    tensors, numbers = {}, {}
+    tensors: dict[str, Tensor] = {}
+    numbers: dict[str, dict[str, Any]] = {}
     for index, values in saved["state"].items():
         for name, value in values.items():
             if isinstance(value, Tensor):

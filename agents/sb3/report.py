@@ -103,7 +103,7 @@ class Report(BaseCallback):
     def _metrics(self) -> dict[str, float]:
         now, episodes = time.perf_counter(), self.episodes
 
-        def mean(values: list[float]) -> float:
+        def mean(values: Sequence[float]) -> float:
             return float(np.mean(values)) if values else float("nan")
 
         returns = [e["episode"]["r"] for e in episodes]

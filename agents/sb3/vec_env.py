@@ -74,6 +74,7 @@ class GymVectorToSB3(VecEnv):
         seeds = self._seeds
         seed = None if seeds[0] is None else int(seeds[0])  # Gymnasium's convention is SB3's: row i gets seed + i
         options = self._options
+        groups: list[tuple[dict[str, Any], np.ndarray | None]]
         if all(each == options[0] for each in options):
             groups = [(options[0], None)]
         else:  # a list of options, one per row: one masked reset for each distinct one
@@ -113,9 +114,9 @@ class GymVectorToSB3(VecEnv):
         self._lengths += 1
 
         if self._mode is AutoresetMode.SAME_STEP:
-            terminal = self._take_final(info, infos, np.flatnonzero(dones))
+            terminal = self._take_final(info, infos, np.flatnonzero(dones).tolist())
         else:
-            terminal = {i: _copy_row(obs, i) for i in np.flatnonzero(dones)}
+            terminal = {i: _copy_row(obs, i) for i in np.flatnonzero(dones).tolist()}
             if self._ignores_reset_mask:
                 truncations[list(self._own_resets)] = True
                 self._own_resets = self._close_own_resets(infos, terminal)
@@ -214,7 +215,7 @@ class GymVectorToSB3(VecEnv):
             self._torch_device = first.device
         return _to_numpy(obs)
 
-    def _take_final(self, info: dict, infos: list[dict], rows: np.ndarray) -> dict[int, Any]:
+    def _take_final(self, info: dict, infos: list[dict], rows: list[int]) -> dict[int, Any]:
         """Same-step mode: gives ended rows their last observation and info; the rest is about the new episode."""
         terminal = {}
         final_obs = _to_numpy(info.get("final_obs"))
@@ -233,7 +234,7 @@ class GymVectorToSB3(VecEnv):
         """
         obs, info = self.envs.reset(options={"reset_mask": rows.copy()})
         obs = self._arrays(obs)
-        moved = [i for i in np.flatnonzero(~rows) if not _same_row(obs, before, i)]
+        moved = [i for i in np.flatnonzero(~rows).tolist() if not _same_row(obs, before, i)]
         if moved:
             name = type(self.envs.unwrapped).__name__
             if self._mode is AutoresetMode.DISABLED:
