@@ -21,7 +21,7 @@ from torch import Tensor
 from rlhf_gym import __version__
 from rlhf_gym.atomic import replaced_directory, verified_files
 from rlhf_gym.kl import AdaptiveKL
-from rlhf_gym.lm import TokenFilter, load_language_model, make_engine, sample_tokens
+from rlhf_gym.lm import load_language_model, make_engine, sample_tokens
 from rlhf_gym.lm.load import vocab_size
 
 from .batch import Rollout
@@ -29,6 +29,7 @@ from .logs import Progress, rollout_metrics
 from .policy import Policy
 from .precision import MasterWeights
 from .rollout import Collector
+from .stepping import token_filter_of
 
 Callback = Callable[["Agent", dict[str, float]], Any]
 
@@ -68,9 +69,7 @@ class Agent:
             raise ValueError(f"policy must have the environment's vocabulary of {num_actions} tokens, got {num_tokens}")
         cfg = self.config
         dtype = compute_dtype(cfg.dtype, next(model.parameters()).device)
-        self.policy = Policy(
-            model.float(), critic=cfg.critic, token_filter=getattr(base, "token_filter", TokenFilter())
-        )
+        self.policy = Policy(model.float(), critic=cfg.critic, token_filter=token_filter_of(envs))
         self.optimizer = MasterWeights(self.policy.parameters(), self.make_optimizer, compute_dtype=dtype)
         self.generator = torch.Generator().manual_seed(seed)
         self._predict_generator = torch.Generator().manual_seed(seed)
@@ -194,9 +193,7 @@ class Agent:
         ids, lengths = (ids[None], mask[None].sum(1)) if single else (ids, mask.sum(1))
         policy_filter = self.policy.token_filter
         logits = self._cached_engine(self.policy.model, ids).next_logits(ids.long(), lengths.long())
-        reference = (
-            self._cached_engine(self.envs.unwrapped.language_model.model, ids) if policy_filter.uses_reference else None
-        )
+        reference = self._cached_engine(self._reference().model, ids) if policy_filter.uses_reference else None
         allowed = policy_filter.mask(logits if reference is None else reference.next_logits(ids.long(), lengths.long()))
         logprobs = policy_filter.logprobs(logits, allowed)
         if deterministic:
@@ -205,6 +202,15 @@ class Agent:
             tokens = sample_tokens(logprobs, torch.rand(len(ids), generator=self._predict_generator).to(ids.device))
         tokens = tokens[0] if single else tokens
         return (tokens if isinstance(observation["input_ids"], Tensor) else tokens.cpu().numpy()), None
+
+    def _reference(self) -> Any:
+        reference = getattr(self.envs.unwrapped, "language_model", None)
+        if reference is None:
+            raise ValueError(
+                "top_k and top_p are taken on the reference, which only a native vector environment tells; use "
+                "gym.make_vec without vectorization_mode"
+            )
+        return reference
 
     def _cached_engine(self, model: Any, ids: Tensor) -> Any:
         key = (id(model), *ids.shape)

@@ -101,6 +101,6 @@ class Policy(nn.Module):
         )
 
     def _allowed(self, batch: Batch, logits: Tensor, row: Tensor, step: Tensor) -> Tensor | None:
-        if self.token_filter.uses_reference:
+        if batch.allowed is not None:
             return batch.allowed[row, step]  # as it was when the token was chosen
         return self.token_filter.mask(logits)
