@@ -16,7 +16,16 @@ OPENINGS = (
     "It was raining. There was {} in the house.",
     "In the forest lived {}.",
 )
-HELD_OUT_HEROES = ("a white rabbit", "a boy named Sam", "a tall tree", "a girl named Anna", "a silly monkey", "a grey horse", "a little boat", "a boy named Leo")
+HELD_OUT_HEROES = (
+    "a white rabbit",
+    "a boy named Sam",
+    "a tall tree",
+    "a girl named Anna",
+    "a silly monkey",
+    "a grey horse",
+    "a little boat",
+    "a boy named Leo",
+)
 
 
 def main() -> None:
