@@ -15,7 +15,7 @@ import torch
 from gymnasium.vector import VectorEnv
 from torch import Tensor
 
-from rlhf_gym.lm import generate, join_responses, make_engine, response_logits
+from rlhf_gym.lm import Engine, generate, join_responses, make_engine, response_logits
 
 from .batch import Batch, Rollout
 from .policy import Policy
@@ -37,12 +37,12 @@ class Collector:
     def __init__(self, envs: VectorEnv, policy: Policy, generator: torch.Generator, num_rounds: int = 1):
         space = envs.single_observation_space
         self.envs, self.policy, self.generator, self.num_rounds = envs, policy, generator, num_rounds
-        self.by_whole_responses = hasattr(
-            envs, "evaluate_responses"
-        )  # a wrapper has no such method, and may change rewards
+        # A wrapper has no such method, and may change rewards.
+        self.by_whole_responses = hasattr(envs, "evaluate_responses")
         self.width = space["input_ids"].shape[0]
         self.max_response_tokens = getattr(envs.unwrapped, "max_response_tokens", self.width)
-        self._engine = self._reference_engine = None
+        self._engine: Engine | None = None
+        self._reference_engine: Engine | None = None
 
     def collect(self, progress: Callable[[int], None] | None = None, seed: int | None = None) -> Rollout:
         """``num_envs * num_rounds`` episodes.

@@ -34,7 +34,9 @@ NUM_ENVS = 128
 
 def main(argv: list[str] | None = None) -> int:
     """Run the missing cells and print the table; returns the exit code."""
-    parser = argparse.ArgumentParser(prog="python -m rlhf_gym.benchmarks.known_answers", description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(
+        prog="python -m rlhf_gym.benchmarks.known_answers", description=__doc__.splitlines()[0]
+    )
     parser.add_argument("--agents", nargs="+", default=["ppo"], choices=sorted(AGENTS))
     parser.add_argument("--policy", default="tabular", choices=["tabular", "transformer", "lstm"])
     parser.add_argument("--tasks", nargs="+", default=list(TASKS), choices=list(TASKS))
@@ -51,19 +53,37 @@ def main(argv: list[str] | None = None) -> int:
         for task in options.tasks:
             for kl_coef in TASKS[task]:
                 for seed in range(options.num_seeds):
-                    key = {"agent": agent, "policy": options.policy, "task": task, "kl_coef": kl_coef, "seed": seed, "episodes": options.episodes, "config": config}
+                    key = {
+                        "agent": agent,
+                        "policy": options.policy,
+                        "task": task,
+                        "kl_coef": kl_coef,
+                        "seed": seed,
+                        "episodes": options.episodes,
+                        "config": config,
+                    }
                     cell = next((c for c in done if all(c.get(name) == value for name, value in key.items())), None)
                     if cell is None:
-                        cell = key | run_cell(agent, options.policy, task, kl_coef, seed, options.episodes, config) | provenance()
+                        cell = (
+                            key
+                            | run_cell(agent, options.policy, task, kl_coef, seed, options.episodes, config)
+                            | provenance()
+                        )
                         with options.out.open("a") as file:
                             file.write(json.dumps(cell) + "\n")
-                        print(f"{agent} {task} {kl_coef:g} seed {seed}: {cell['normalised']:.4f} in {cell['seconds']:.0f} s", file=sys.stderr, flush=True)
+                        print(
+                            f"{agent} {task} {kl_coef:g} seed {seed}: {cell['normalised']:.4f} in {cell['seconds']:.0f} s",
+                            file=sys.stderr,
+                            flush=True,
+                        )
                     cells.append(cell)
     print(as_markdown(cells))
     return 0
 
 
-def run_cell(agent: str, policy: str, task: str, kl_coef: float, seed: int, episodes: int, config: dict[str, Any]) -> dict[str, Any]:
+def run_cell(
+    agent: str, policy: str, task: str, kl_coef: float, seed: int, episodes: int, config: dict[str, Any]
+) -> dict[str, Any]:
     """Train once and measure exactly; returns the numbers."""
     envs = gym.make_vec(f"rlhf_gym/{task}-v0", num_envs=NUM_ENVS, kl_coef=kl_coef)
     solution = rlhf_gym.exact.solve(envs, kl_coef)
@@ -105,8 +125,18 @@ def as_markdown(cells: list[dict[str, Any]]) -> str:
         for which, label in enumerate(("first (.1; Lexicon 2)", "second (.3; Lexicon 1)")):
             row = []
             for task in tasks:
-                values = np.array([c["normalised"] for c in cells if (c["agent"], c["task"], c["kl_coef"]) == (agent, task, TASKS[task][which])])
-                half = t.ppf(0.975, len(values) - 1) * values.std(ddof=1) / math.sqrt(len(values)) if len(values) > 1 else math.nan
+                values = np.array(
+                    [
+                        c["normalised"]
+                        for c in cells
+                        if (c["agent"], c["task"], c["kl_coef"]) == (agent, task, TASKS[task][which])
+                    ]
+                )
+                half = (
+                    t.ppf(0.975, len(values) - 1) * values.std(ddof=1) / math.sqrt(len(values))
+                    if len(values) > 1
+                    else math.nan
+                )
                 row.append(f"{values.mean():.4f} ± {half:.4f}")
             lines.append(f"| {agent} | {label} | " + " | ".join(row) + " |")
     return "\n".join(lines)

@@ -37,7 +37,10 @@ def main(argv: list[str] | None = None) -> None:
         print(f"{name:<42} {tokens / seconds:>10,.0f} tokens/s {seconds * 1000:>10,.1f} ms")
     if options.out:
         rows = {name: {"tokens": tokens, "seconds": seconds} for name, (tokens, seconds) in figures.items()}
-        write_json(options.out, {"num_envs": options.num_envs, "threads": torch.get_num_threads(), **machine(), "figures": rows})
+        write_json(
+            options.out,
+            {"num_envs": options.num_envs, "threads": torch.get_num_threads(), **machine(), "figures": rows},
+        )
 
 
 def measure(num_envs: int, repeats: int) -> dict[str, tuple[float, float]]:

@@ -144,7 +144,12 @@ def evaluate(
     memory = process.scorer.memory()
     try:
         rewards = evaluate_responses(
-            process, [prompt.ids for prompt in chosen], responses.response_ids, mask, responses.logprobs, prompt_index=index
+            process,
+            [prompt.ids for prompt in chosen],
+            responses.response_ids,
+            mask,
+            responses.logprobs,
+            prompt_index=index,
         )
     finally:
         process.scorer.restore_memory(memory)
@@ -191,6 +196,8 @@ def evaluation_process(envs: Any, prompts: Any = None) -> Any:
     if prompts is not None:
         rows = read_prompts(prompts)
         limit = process.max_prompt_tokens
-        process.prompts = [process.encoder.encode(row, limit, f"held-out prompts[{i}]", i) for i, row in enumerate(rows)]
+        process.prompts = [
+            process.encoder.encode(row, limit, f"held-out prompts[{i}]", i) for i, row in enumerate(rows)
+        ]
         process.scorer.check_columns(process.prompts, "held-out prompts")
     return process

@@ -134,7 +134,9 @@ def _section(section: Section) -> str:
     if section.rows:
         head = "".join(f'<th scope="col">{html.escape(cell)}</th>' for cell in section.header)
         body = "\n".join(_row(row) for row in section.rows)
-        parts.append(f'<div class="scroll"><table>\n<thead><tr>{head}</tr></thead>\n<tbody>\n{body}\n</tbody></table></div>')
+        parts.append(
+            f'<div class="scroll"><table>\n<thead><tr>{head}</tr></thead>\n<tbody>\n{body}\n</tbody></table></div>'
+        )
     return "\n".join([*parts, "</section>"])
 
 

@@ -1,11 +1,11 @@
 """A run is a directory: what was asked for, what happened, what came out. Nothing in it is lost when the process dies.
 
-    config.json          the options, versions and machine
-    metrics.csv          one line per update; tensorboard/ holds the same numbers
-    samples_before.jsonl, samples_after.jsonl, evaluation.json
-    plots/               reward and KL curves (PNG)
-    model/               the agent, at the last checkpoint; also a ``from_pretrained`` directory
-    README.md            the model card
+config.json          the options, versions and machine
+metrics.csv          one line per update; tensorboard/ holds the same numbers
+samples_before.jsonl, samples_after.jsonl, evaluation.json
+plots/               reward and KL curves (PNG)
+model/               the agent, at the last checkpoint; also a ``from_pretrained`` directory
+README.md            the model card
 """
 
 from __future__ import annotations
@@ -65,7 +65,13 @@ class RunDirectory:
     """
 
     def __init__(
-        self, path: str | Path, options: Mapping[str, Any], *, verb: str = "train", overwrite: bool = False, resume: bool = False
+        self,
+        path: str | Path,
+        options: Mapping[str, Any],
+        *,
+        verb: str = "train",
+        overwrite: bool = False,
+        resume: bool = False,
     ):
         self.path, self.verb = Path(path).expanduser(), verb
         self.options = dict(options)
@@ -97,7 +103,9 @@ class RunDirectory:
         except (OSError, ValueError, TypeError, KeyError):
             verb, options = None, None
         if verb is None:
-            raise ValueError(f"{self.path} is not empty and holds no run of rlhf-gym; choose another --out or empty it yourself")
+            raise ValueError(
+                f"{self.path} is not empty and holds no run of rlhf-gym; choose another --out or empty it yourself"
+            )
         if verb != self.verb:
             raise ValueError(f"{self.path} holds a run of `rlhf-gym {verb}`; choose another --out or empty it yourself")
         return options
@@ -144,7 +152,9 @@ class RunDirectory:
         """
         if not all(bool(weight.isfinite().all()) for weight in agent.policy_model.parameters()):
             kept = f"{self.model} keeps the last checkpoint" if self.model.exists() else "there is no checkpoint"
-            raise ValueError(f"the agent at {agent.num_timesteps} tokens has weights that are NaN or infinite and is not saved; {kept}")
+            raise ValueError(
+                f"the agent at {agent.num_timesteps} tokens has weights that are NaN or infinite and is not saved; {kept}"
+            )
         agent.save(self.model)
 
 
@@ -169,12 +179,18 @@ class MetricsWriter:
         self._columns = list(dict.fromkeys(["timesteps", "seconds", *(name for row in rows for name in row)]))
         self._rewrite(rows)
         self._started = time.monotonic() - (float(rows[-1]["seconds"]) if rows else 0.0)
-        self._events = SummaryWriter(str(Path(directory) / "tensorboard"), purge_step=None if resume_at is None else resume_at + 1)
+        self._events = SummaryWriter(
+            str(Path(directory) / "tensorboard"), purge_step=None if resume_at is None else resume_at + 1
+        )
 
     def __call__(self, agent: Any, metrics: Mapping[str, float]) -> None:
         """Write one update's metrics under the agent's ``num_timesteps``."""
         seconds = time.monotonic() - self._started
-        row = {"timesteps": agent.num_timesteps, "seconds": f"{seconds:.3f}", **{k: float(v) for k, v in metrics.items()}}
+        row = {
+            "timesteps": agent.num_timesteps,
+            "seconds": f"{seconds:.3f}",
+            **{k: float(v) for k, v in metrics.items()},
+        }
         new = [name for name in row if name not in self._columns]
         if new:
             self._file.close()

@@ -130,6 +130,7 @@ def test_saved_agent_is_a_pretrained_directory(tmp_path):
         A2C.load(tmp_path / "agent", env=make_envs())
 
 
+@pytest.mark.filterwarnings("ignore:You have specified a mini-batch")
 def test_any_algorithm_by_its_class(tmp_path):
     agent = SB3Agent(make_envs(), algorithm=stable_baselines3.A2C, n_steps=8, vf_coef=0.1)
     assert agent.algorithm.gamma == 1 and agent.algorithm.vf_coef == 0.1
@@ -192,6 +193,7 @@ def test_agents_learn_what_the_reward_asks_for(cls, config):
     assert np.mean(scores[-3:]) > np.mean(scores[:3]) + 0.1
 
 
+@pytest.mark.filterwarnings("ignore:You have specified a mini-batch")
 def test_stock_trpo_is_still_usable_with_eager_attention():
     model = language_model()
     model.set_attn_implementation("eager")

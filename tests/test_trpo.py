@@ -214,6 +214,31 @@ def test_update_without_a_signal_changes_no_policy():
     assert torch.equal(before, agent.policy.action_net.weight)
 
 
-def test_wrong_micro_batch_size():
-    with pytest.raises(ValueError, match="micro_batch_size"):
-        algorithm(MicroBatchTRPO, micro_batch_size=0)
+def test_fisher_matrix_of_some_rows_only():
+    agent = algorithm(MicroBatchTRPO, "mlp", fisher_sub_sampling_factor=2)
+    used, measured = [], agent._micro_batches
+    agent._micro_batches = lambda observations, keep: used.append(keep) or measured(observations, keep)
+    agent.learn(64)
+    data, row = agent._rollout()
+    returns = agent.rollout_buffer.returns.reshape(2, 32)  # row by row
+    for value, i in zip(data.returns.tolist(), row.tolist(), strict=True):
+        assert value in returns[i]
+    everything, chosen = used
+    assert len(everything) == 64 and len(chosen) == 32
+    parameters_after_update(agent)
+
+
+def test_target_kl_falls_linearly():
+    agent, targets = algorithm(MicroBatchTRPO, "mlp", target_kl=0.04, target_kl_schedule="linear", n_steps=16), []
+    update = agent.train
+    agent.train = lambda: (update(), targets.append(agent.logger.name_to_value["train/target_kl"]))
+    agent.learn(4 * 32)
+    assert targets == pytest.approx([0.04, 0.03, 0.02, 0.01])
+
+
+@pytest.mark.parametrize("name, value", [("micro_batch_size", 0), ("fisher_sub_sampling_factor", 0)])
+def test_wrong_arguments(name, value):
+    with pytest.raises(ValueError, match=name):
+        algorithm(MicroBatchTRPO, **{name: value})
+    with pytest.raises(ValueError, match="target_kl_schedule"):
+        algorithm(MicroBatchTRPO, target_kl_schedule="cosine")

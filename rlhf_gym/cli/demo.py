@@ -63,11 +63,17 @@ def run(options: Demo) -> int:
     )
     runs = {}
     for i, contestant in enumerate(CONTESTANTS):
-        console.rule(f"{i + 2}/{total} {contestant.label} makes the reviews positive and stays near the base model", align="left")
+        console.rule(
+            f"{i + 2}/{total} {contestant.label} makes the reviews positive and stays near the base model", align="left"
+        )
         path = out.path / contestant.name
         folder = RunDirectory(path, as_dict(options), verb="demo", overwrite=_is_run(path))
-        agent = agent_class(contestant.name)(make_demo_envs(contestant.num_envs), seed=options.seed, **contestant.config)
-        stop = train_agent(agent, folder, contestant.total_timesteps, checkpoint_every=10, progress_bar=options.progress_bar)
+        agent = agent_class(contestant.name)(
+            make_demo_envs(contestant.num_envs), seed=options.seed, **contestant.config
+        )
+        stop = train_agent(
+            agent, folder, contestant.total_timesteps, checkpoint_every=10, progress_bar=options.progress_bar
+        )
         if stop.signal is not None:
             return report_stop(stop, agent, folder)
         runs[contestant.label] = read_metrics(folder.path / "metrics.csv")
@@ -99,7 +105,14 @@ def _show_samples(console: Any, evaluation: Evaluation, count: int = 3) -> None:
     from rich.text import Text
 
     for sample in evaluation.samples[:count]:
-        console.print(Text.assemble((f"  {sample['score']:.2f}  ", "bold"), (visible(sample["prompt"]), "dim"), " ", visible(sample["response"])))
+        console.print(
+            Text.assemble(
+                (f"  {sample['score']:.2f}  ", "bold"),
+                (visible(sample["prompt"]), "dim"),
+                " ",
+                visible(sample["response"]),
+            )
+        )
 
 
 def _page(evaluations: dict[str, Evaluation], runs: dict[str, Any], seconds: float) -> str:
@@ -107,10 +120,14 @@ def _page(evaluations: dict[str, Evaluation], runs: dict[str, Any], seconds: flo
     trained = [label for label in evaluations if label != "base"]
     base = evaluations["base"]
     found = "; ".join(
-        f"{label} {evaluations[label].score} at {evaluations[label].estimate(evaluations[label].kl).mean:.1f} nats from it" for label in trained
+        f"{label} {evaluations[label].score} at {evaluations[label].estimate(evaluations[label].kl).mean:.1f} nats from it"
+        for label in trained
     )
     samples = [
-        [base.samples[i]["prompt"], *(f"{e.samples[i]['response']}\n({e.samples[i]['score']:.2f})" for e in evaluations.values())]
+        [
+            base.samples[i]["prompt"],
+            *(f"{e.samples[i]['response']}\n({e.samples[i]['score']:.2f})" for e in evaluations.values()),
+        ]
         for i in range(NUM_SAMPLES)
     ]
     versions = ", ".join(f"{name} {version}" for name, version in machine()["packages"].items() if version)

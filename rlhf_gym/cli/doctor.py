@@ -43,7 +43,9 @@ def run(options: Doctor) -> int:
     problems = [finding for finding in findings if finding.problem]
     for finding in problems:
         console.print(escape(f"\n{finding.name}: {finding.problem}"), soft_wrap=True)
-    print("\nnothing is wrong" if not problems else f"\n{len(problems)} of {len(findings)} checks found something wrong")
+    print(
+        "\nnothing is wrong" if not problems else f"\n{len(problems)} of {len(findings)} checks found something wrong"
+    )
     return 1 if problems else 0
 
 
@@ -71,7 +73,11 @@ def _versions() -> Iterator[Finding]:
             continue
         floor = FLOORS.get(name, "0")
         old = _numbers(version) < _numbers(floor)
-        yield Finding(name, version, f"older than {floor}, the oldest that is safe to use; pip install --upgrade {name}" if old else "")
+        yield Finding(
+            name,
+            version,
+            f"older than {floor}, the oldest that is safe to use; pip install --upgrade {name}" if old else "",
+        )
     for name, use in OPTIONAL.items():
         try:
             yield Finding(name, metadata.version(name))
@@ -98,7 +104,10 @@ def _processor() -> Iterator[Finding]:
         line = next((text for text in Path("/proc/cpuinfo").read_text().splitlines() if text.startswith("flags")), "")
         flags = set(line.split())
     fast = [name for name in ("amx_bf16", "avx512_bf16") if name in flags]
-    yield Finding("bfloat16 on the CPU", f"fast ({', '.join(fast)})" if fast else "slow: no AMX or AVX512-bf16; float32 is the default")
+    yield Finding(
+        "bfloat16 on the CPU",
+        f"fast ({', '.join(fast)})" if fast else "slow: no AMX or AVX512-bf16; float32 is the default",
+    )
 
 
 def _memory() -> Iterator[Finding]:
@@ -113,7 +122,11 @@ def _graphics() -> Iterator[Finding]:
     import torch
 
     if not torch.cuda.is_available():
-        built = f"torch is built for CUDA {torch.version.cuda} but finds no GPU" if torch.version.cuda else "torch is a CPU build"
+        built = (
+            f"torch is built for CUDA {torch.version.cuda} but finds no GPU"
+            if torch.version.cuda
+            else "torch is a CPU build"
+        )
         yield Finding("GPU", f"none ({built})")
         return
     for i in range(torch.cuda.device_count()):
@@ -144,7 +157,11 @@ def _packaged_model() -> Iterator[Finding]:
             yield Finding(f"model {name}", "missing", "the installation is damaged; install rlhf-gym again")
             continue
         found = hashlib.sha256(weights.read_bytes()).hexdigest()
-        wrong = f"{weights} is not the file that was shipped ({recorded}); install rlhf-gym again" if found != recorded else ""
+        wrong = (
+            f"{weights} is not the file that was shipped ({recorded}); install rlhf-gym again"
+            if found != recorded
+            else ""
+        )
         yield Finding(f"model {name}", f"sha256 {found[:16]}...", wrong)
 
 
@@ -162,7 +179,9 @@ def _training() -> Iterator[Finding]:
     weight = torch.from_numpy(np.ones(3, dtype=np.float32)).requires_grad_()
     (weight.exp().sum()).backward()
     right = bool(torch.allclose(weight.grad, torch.full((3,), 2.7182817)))
-    yield Finding("a backward pass", "works" if right else "wrong", "" if right else "torch computes wrongly; install it again")
+    yield Finding(
+        "a backward pass", "works" if right else "wrong", "" if right else "torch computes wrongly; install it again"
+    )
 
 
 CHECKS = (_versions, _processor, _memory, _graphics, _training, _hub, _packaged_model)

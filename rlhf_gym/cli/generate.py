@@ -25,7 +25,9 @@ def run(options: Generate) -> int:
     room = math.inf if lm.max_context is None else lm.max_context - longest
     num_tokens = int(min(128, room)) if options.max_response_tokens is None else options.max_response_tokens
     if not 1 <= num_tokens <= room:
-        raise ValueError(f"a prompt of {longest} tokens leaves {room} of the model's context of {lm.max_context}, not {max(1, num_tokens)}")
+        raise ValueError(
+            f"a prompt of {longest} tokens leaves {room} of the model's context of {lm.max_context}, not {max(1, num_tokens)}"
+        )
     num_rows = min(64, len(prompts))
     engine = make_engine(lm, num_rows, longest + num_tokens)
     reference = make_engine(lm, num_rows, longest + num_tokens) if token_filter.uses_reference else None
@@ -42,7 +44,9 @@ def run(options: Generate) -> int:
     for i, (text, prompt) in enumerate(zip(texts, prompts, strict=True)):
         response = responses.response_ids[i][responses.response_mask[i]].tolist()
         # Decoded together: many tokenizers drop the space before the first word of what they decode.
-        whole, head = (lm.tokenizer.decode(ids, skip_special_tokens=True) for ids in (prompt.tolist() + response, prompt))
+        whole, head = (
+            lm.tokenizer.decode(ids, skip_special_tokens=True) for ids in (prompt.tolist() + response, prompt)
+        )
         shown = text + whole[len(head) :] if whole.startswith(head) else whole
         print(("\n" if i else "") + "\n".join(visible(line) for line in shown.split("\n")))
     return 0

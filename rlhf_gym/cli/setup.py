@@ -100,7 +100,9 @@ def parse_config(pairs: tuple[str, ...]) -> dict[str, Any]:
         if not equals or not name:
             raise ValueError(f"--config takes name=value, got {pair!r}")
         try:
-            config[name.replace("-", "_")] = json.loads({"None": "null", "True": "true", "False": "false"}.get(value, value))
+            config[name.replace("-", "_")] = json.loads(
+                {"None": "null", "True": "true", "False": "false"}.get(value, value)
+            )
         except json.JSONDecodeError:
             config[name.replace("-", "_")] = value
     return config

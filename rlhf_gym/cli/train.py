@@ -95,4 +95,7 @@ def report_stop(stop: StopRequest, agent: Any, run_directory: RunDirectory, advi
 def print_update(agent: Any, metrics: Mapping[str, float]) -> None:
     """A line for each update, where no progress bar can be drawn; a callback."""
     score, kl = metrics.get("objective/scores", math.nan), metrics.get("objective/kl", math.nan)
-    print(f"{agent.num_timesteps} tokens, score {score:.3f}, kl {kl:.2f}, {metrics.get('time/fps', math.nan):.0f} tokens/s", flush=True)
+    print(
+        f"{agent.num_timesteps} tokens, score {score:.3f}, kl {kl:.2f}, {metrics.get('time/fps', math.nan):.0f} tokens/s",
+        flush=True,
+    )

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from rlhf_gym.envs.prompts import Prompt, PromptEncoder, PromptOrder, read_prompts
 from rlhf_gym.envs.scoring import ScoredResponses, Scorer
-from rlhf_gym.kl import estimate_kl, exact_kl
+from rlhf_gym.kl import KLEstimator, estimate_kl, exact_kl
 from rlhf_gym.lm import Engine, LanguageModel, TokenFilter, load_language_model, make_engine, pad_sequences
 from rlhf_gym.lm.load import torch_device
 from rlhf_gym.rewards import as_reward
@@ -97,7 +97,7 @@ class TextGenerationProcess:
         reward: Any = None,
         kl_coef: float = 0.0,
         kl_term: str = "both",
-        kl_estimator: str = "k1",
+        kl_estimator: KLEstimator = "k1",
         temperature: float = 1.0,
         top_k: int | None = None,
         top_p: float | None = None,
@@ -122,7 +122,8 @@ class TextGenerationProcess:
                 "reward model"
             )
         self.num_rows, self.max_response_tokens = int(num_rows), int(max_response_tokens)
-        self.kl_term, self.kl_estimator = kl_term, kl_estimator
+        self.kl_term = kl_term
+        self.kl_estimator: KLEstimator = kl_estimator
         self.token_filter = TokenFilter(
             temperature=temperature,
             top_k=top_k,

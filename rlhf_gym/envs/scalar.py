@@ -28,7 +28,7 @@ class TextGenerationEnv(TaskSettings, gym.Env):
     where speed matters.
     """
 
-    metadata = {"render_modes": ["ansi", "human", "rgb_array"], "render_fps": 4}
+    metadata: dict[str, Any] = {"render_modes": ["ansi", "human", "rgb_array"], "render_fps": 4}
 
     def __init__(self, *, output: str = "numpy", render_mode: str | None = None, **task: Any):
         if output != "numpy":

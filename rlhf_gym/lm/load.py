@@ -174,7 +174,9 @@ def _check_same(lm: LanguageModel, tokenizer: Any, device: torch.device | str, d
         raise ValueError(
             f"tokenizer must not be given with the LanguageModel {lm.name!r}, which has another one already"
         )
-    if device != "auto" and (device.type != lm.device.type or device.index not in (None, lm.device.index)):
+    if isinstance(device, torch.device) and (
+        device.type != lm.device.type or device.index not in (None, lm.device.index)
+    ):
         raise ValueError(f"device={str(device)!r}, but the LanguageModel {lm.name!r} is on {lm.device}; load it there")
     if dtype != "auto" and _torch_dtype(dtype, lm.device) != lm.dtype:
         raise ValueError(f"dtype={str(dtype)!r}, but the LanguageModel {lm.name!r} is in {lm.dtype}; load it in that")

@@ -18,6 +18,8 @@ from itertools import accumulate
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    import random
+
     import numpy as np
 
 END = "<eos>"
@@ -64,7 +66,7 @@ class Grammar:
         used = {name for alternatives in self.rules.values() for _, rhs in alternatives for name in rhs}
         return sorted(used - self.rules.keys())
 
-    def sample(self, rng: np.random.Generator) -> str:
+    def sample(self, rng: np.random.Generator | random.Random) -> str:
         """Write one text; every random choice is one ``rng.random()``."""
         words, stack = [], [self.start]
         while stack:

@@ -154,7 +154,8 @@ def _claims(polarity: str) -> Rules:
             mild = {f"is {quality}": 4, f"is not {contrary}": 2, "is not bad at all": 2, "is better than i hoped": 1}
         else:
             mild = {f"is {quality}": 4, f"is not {contrary}": 2, "is a bit " + quality: 2, "is worse than i hoped": 1}
-        rules[f"MILD.{name}"] = mild | {"is fine" if polarity == "+" else "is not great": 1}
+        mild["is fine" if polarity == "+" else "is not great"] = 1
+        rules[f"MILD.{name}"] = {phrase: float(weight) for phrase, weight in mild.items()}
     rules["DEGREE"] = _equally("very", "really", "so")
     rules["NEUTRAL"] = _equally("is okay", "is fine", "does its job", "is not bad")
     return rules
@@ -162,7 +163,13 @@ def _claims(polarity: str) -> Rules:
 
 def _closing(latent: str) -> Rules:
     """The end of a review: nothing, a number of stars, a verdict, or a remark that says nothing of the product."""
-    stars = {"five stars .": 38, "four stars .": 30, "three stars .": 18, "two stars .": 9, "one star .": 5}
+    stars: dict[str, float] = {
+        "five stars .": 38,
+        "four stars .": 30,
+        "three stars .": 18,
+        "two stars .": 9,
+        "one star .": 5,
+    }
     if latent == "-":
         stars = dict(zip(stars, reversed(stars.values()), strict=True))
     return {
