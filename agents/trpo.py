@@ -38,8 +38,6 @@ class TRPOConfig(OnPolicyConfig):
     """Settings of TRPO, and those of ``OnPolicyConfig``; ``learning_rate`` is the critic's only.
 
     Attributes:
-        gae_lambda: 1 by default: the value head reads features that are not trained for it and lags behind the policy;
-            below 1 its error becomes a bonus for ending early.
         target_kl: Largest mean KL of one update, in nats per token; with much damping a step stays well below it.
         target_kl_schedule: "linear" (to 0 at ``total_timesteps``) or "constant".
         cg_max_steps: Fisher-vector products per update.
@@ -55,7 +53,7 @@ class TRPOConfig(OnPolicyConfig):
     """
 
     learning_rate: float = 1e-3
-    gae_lambda: float = 1.0
+    lr_schedule: str = "constant"
     target_kl: float = 0.05
     target_kl_schedule: str = "linear"
     cg_max_steps: int = 5

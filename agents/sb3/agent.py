@@ -18,6 +18,7 @@ from stable_baselines3.common.callbacks import BaseCallback, CallbackList
 from stable_baselines3.common.logger import Logger
 from stable_baselines3.common.monitor import Monitor
 from stable_baselines3.common.on_policy_algorithm import OnPolicyAlgorithm
+from stable_baselines3.common.utils import LinearSchedule
 from stable_baselines3.common.vec_env import DummyVecEnv
 from torch import Tensor
 
@@ -47,7 +48,7 @@ class SB3Agent:
         seed: Seed of sampling, minibatches and the environment's prompts.
         algorithm: The class, for instance ``stable_baselines3.PPO``; subclasses have theirs.
         **config: ``n_steps`` (default: twice the longest response, so that most episodes begin and end in a rollout),
-            ``critic`` ("shared" or "separate" trunk), ``ref_kl_target`` and ``kl_horizon`` of an adaptive KL
+            ``lr_schedule`` ("constant" or "linear"), ``critic`` ("shared" or "separate" trunk), ``ref_kl_target`` and ``kl_horizon`` of an adaptive KL
             coefficient; all others are arguments of the algorithm.
 
     Attributes:
@@ -81,6 +82,8 @@ class SB3Agent:
         critic = arguments.pop("critic", "shared")
         if critic not in ("shared", "separate"):
             raise ValueError(f"critic must be 'shared' or 'separate', got {critic!r}")
+        if arguments.pop("lr_schedule", "constant") == "linear":
+            arguments["learning_rate"] = LinearSchedule(arguments["learning_rate"], 0.0, 1.0)
         ref_kl_target, kl_horizon = arguments.pop("ref_kl_target", None), arguments.pop("kl_horizon", 10_000.0)
         self.kl_controller: FixedKL | AdaptiveKL | None = None
         if hasattr(base, "kl_coef"):

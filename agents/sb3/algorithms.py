@@ -15,10 +15,12 @@ class OnPolicyConfig:
     """What the on-policy algorithms have in common; the names are Stable-Baselines3's.
 
     Attributes:
-        learning_rate: Of the optimiser, > 0.
+        learning_rate: Of the optimiser, at the start, > 0.
+        lr_schedule: "linear" (to 0 at ``total_timesteps``) or "constant".
         n_steps: Tokens per row and rollout; None is twice the longest response, so that most episodes lie within one.
         gamma: Discount per token. 1: the objective is a sum over the response.
-        gae_lambda: 0 trusts the critic, 1 the outcome.
+        gae_lambda: 0 trusts the critic, 1 the outcome. Below 1 a critic that lags behind the policy is a bonus for ending
+            early.
         normalize_advantage: To mean 0 and standard deviation 1.
         critic: "shared" (value head on the policy's trunk) or "separate" (a trunk of its own).
         ref_kl_target: Mean KL to the reference that an adaptive controller steers kl_coef towards, nats per response;
@@ -27,9 +29,10 @@ class OnPolicyConfig:
     """
 
     learning_rate: float = 3e-4
+    lr_schedule: str = "linear"
     n_steps: int | None = None
     gamma: float = 1.0
-    gae_lambda: float = 0.95
+    gae_lambda: float = 1.0
     normalize_advantage: bool = True
     critic: str = "shared"
     ref_kl_target: float | None = None
@@ -38,6 +41,8 @@ class OnPolicyConfig:
     def __post_init__(self) -> None:
         if not self.learning_rate >= 0:
             raise ValueError(f"learning_rate must be > 0, got {self.learning_rate}")
+        if self.lr_schedule not in ("linear", "constant"):
+            raise ValueError(f"lr_schedule must be 'linear' or 'constant', got {self.lr_schedule!r}")
         for name in ("gamma", "gae_lambda"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"{name} must be in [0, 1], got {getattr(self, name)}")
@@ -53,7 +58,8 @@ class SB3PPOConfig(OnPolicyConfig):
 
     Attributes:
         n_epochs: Passes over each rollout.
-        batch_size: States per optimiser step; None is a quarter of the rollout.
+        batch_size: States per optimiser step; None is half of the rollout. Mind that a small batch of shuffled states
+            costs as much as a large one: it holds some state of nearly every episode.
         clip_range: Largest change of the probability ratio that is still rewarded.
         clip_range_vf: The same for values; None does not clip.
         vf_coef: Weight of the value loss.
@@ -69,7 +75,7 @@ class SB3PPOConfig(OnPolicyConfig):
     vf_coef: float = 0.5
     ent_coef: float = 0.0
     max_grad_norm: float = 1.0
-    target_kl: float | None = None
+    target_kl: float | None = 0.03
 
 
 class SB3PPO(SB3Agent):
@@ -81,7 +87,7 @@ class SB3PPO(SB3Agent):
     def prepare(self, arguments: dict[str, Any], num_states: int) -> None:
         """Fills in the batch size."""
         if arguments["batch_size"] is None:
-            arguments["batch_size"] = max(2, num_states // 4)
+            arguments["batch_size"] = max(2, num_states // 2)
 
 
 @dataclass(frozen=True, kw_only=True)
