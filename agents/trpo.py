@@ -41,8 +41,8 @@ class TRPOConfig(OnPolicyConfig):
         target_kl: Largest mean KL of one update, in nats per token; with much damping a step stays well below it.
         target_kl_schedule: "linear" (to 0 at ``total_timesteps``) or "constant".
         cg_max_steps: Fisher-vector products per update.
-        cg_damping: Added to the Fisher matrix. A batch of episodes determines few of a model's directions; damping keeps
-            the step out of the others, which hold noise (on TinyReviews .01 learnt half as fast per nat of KL as .5).
+        cg_damping: Added to the Fisher matrix. A batch of episodes determines few of a model's directions; damping
+            keeps the step out of the others, where there is only noise (on TinyReviews .01 learns far more slowly).
         line_search_shrinking_factor: From one try of the line search to the next.
         line_search_max_iter: Its tries.
         n_critic_updates: Passes of the critic over each rollout.
@@ -94,8 +94,8 @@ class MicroBatchTRPO(sb3_contrib.TRPO):
             entropy bonus.
         micro_batch_size: States per micro-batch. None takes the whole rollout at once; the graph of the Fisher-vector
             products is then built once and kept, otherwise it is rebuilt for each.
-        target_kl_schedule: "constant" (the stock algorithm), or "linear": ``target_kl`` falls to 0 over the timesteps of
-            ``learn``, for near the optimum a step of fixed length follows noise.
+        target_kl_schedule: "constant" (the stock algorithm), or "linear": ``target_kl`` falls to 0 over the timesteps
+            of ``learn``, for near the optimum a step of fixed length follows noise.
         fisher_sub_sampling_factor: Fisher-vector products use the trajectories of every k-th environment row only; the
             gradient and the line search use all. 1 is the stock algorithm; the Fisher matrix only shapes the step, so a
             part of the states is enough (Schulman et al. 2015, appendix C.1, take a tenth).

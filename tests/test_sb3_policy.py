@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 from gymnasium.vector import AutoresetMode
-from sb3_contrib import RecurrentPPO
+from sb3_contrib import MaskablePPO, RecurrentPPO
 from stable_baselines3 import A2C, DQN, PPO
 from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.evaluation import evaluate_policy
@@ -152,9 +152,16 @@ def test_scalar_environments_and_wrappers():
     assert_rewards_are_score_minus_kl(agent, steps, 0.3)
 
 
-@pytest.mark.parametrize("cls, policy", [(PPO, "MultiInputPolicy"), (RecurrentPPO, "MultiInputLstmPolicy")])
-def test_policies_that_are_no_language_models(cls, policy):
-    envs = vector(kl_coef=0.3)
+@pytest.mark.parametrize(
+    "cls, policy, changes",
+    [
+        (PPO, "MultiInputPolicy", {}),
+        (RecurrentPPO, "MultiInputLstmPolicy", {}),
+        (MaskablePPO, "MultiInputPolicy", {"top_k": 4}),  # the environment refuses a token that the mask forbids
+    ],
+)
+def test_policies_that_are_no_language_models(cls, policy, changes):
+    envs = vector(kl_coef=0.3, **changes)
     venv = GymVectorToSB3(envs)
     steps = Record(venv)
     agent = cls(policy, venv, n_steps=16, batch_size=16, n_epochs=1, seed=0, device="cpu")

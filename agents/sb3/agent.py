@@ -48,8 +48,8 @@ class SB3Agent:
         seed: Seed of sampling, minibatches and the environment's prompts.
         algorithm: The class, for instance ``stable_baselines3.PPO``; subclasses have theirs.
         **config: ``n_steps`` (default: twice the longest response, so that most episodes begin and end in a rollout),
-            ``lr_schedule`` ("constant" or "linear"), ``critic`` ("shared" or "separate" trunk), ``ref_kl_target`` and ``kl_horizon`` of an adaptive KL
-            coefficient; all others are arguments of the algorithm.
+            ``lr_schedule`` ("constant" or "linear"), ``critic`` ("shared" or "separate" trunk), ``ref_kl_target`` and
+            ``kl_horizon`` of an adaptive KL coefficient; all others are arguments of the algorithm.
 
     Attributes:
         algorithm: The algorithm itself, ready to be used as SB3's documentation says.

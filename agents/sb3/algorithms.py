@@ -19,8 +19,8 @@ class OnPolicyConfig:
         lr_schedule: "linear" (to 0 at ``total_timesteps``) or "constant".
         n_steps: Tokens per row and rollout; None is twice the longest response, so that most episodes lie within one.
         gamma: Discount per token. 1: the objective is a sum over the response.
-        gae_lambda: 0 trusts the critic, 1 the outcome. Below 1 a critic that lags behind the policy is a bonus for ending
-            early.
+        gae_lambda: 0 trusts the critic, 1 the outcome. Below 1 a critic that lags behind the policy acts as a bonus for
+            ending early.
         normalize_advantage: To mean 0 and standard deviation 1.
         critic: "shared" (value head on the policy's trunk) or "separate" (a trunk of its own).
         ref_kl_target: Mean KL to the reference that an adaptive controller steers kl_coef towards, nats per response;
