@@ -31,6 +31,8 @@ register_environments()
 
 
 def __getattr__(name: str) -> Any:
+    if name == "exact":
+        return importlib.import_module("rlhf_gym.exact")
     if name in _LAZY:
         return getattr(importlib.import_module(_LAZY[name]), name)
     raise AttributeError(f"module 'rlhf_gym' has no attribute {name!r}")
