@@ -9,8 +9,6 @@ from pathlib import Path
 
 import pytest
 
-from rlhf_gym.lm import PACKAGED_MODELS
-
 PAGE = Path(__file__).parents[1] / "docs" / "rewards.md"
 BLOCKS = re.findall(r"^```python\n(.*?)^```", PAGE.read_text(encoding="utf-8"), re.M | re.S)
 
@@ -23,7 +21,6 @@ def test_page_without_models():
     assert scope["short"].names == ("keyword", "clip", "length_penalty")
 
 
-@pytest.mark.skipif(not (PACKAGED_MODELS["tiny-reviews"] / "config.json").exists(), reason="no packaged model yet")
 def test_page_with_the_environment():
     scope: dict = {}
     exec(compile(BLOCKS[0], str(PAGE), "exec"), scope)
