@@ -5,10 +5,12 @@ An algorithm is a subclass with a frozen ``config_class`` and one method, ``upda
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import dataclasses
 import json
-from collections.abc import Callable, Sequence
+import warnings
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -138,6 +140,12 @@ class Agent:
         if total_timesteps < 1:
             raise ValueError(f"total_timesteps must be >= 1, got {total_timesteps}")
         self.total_timesteps = int(total_timesteps)
+        if self.num_timesteps >= self.total_timesteps:
+            warnings.warn(
+                f"nothing to learn: total_timesteps={total_timesteps} counts all tokens, those before saving too, and "
+                f"{self.num_timesteps} have been generated; ask for more",
+                stacklevel=2,
+            )
         callbacks = [callback] if callable(callback) else list(callback or [])
         with Progress(self.total_timesteps, self.num_timesteps, show=progress_bar) as progress:
             while self.num_timesteps < self.total_timesteps:
@@ -227,7 +235,7 @@ class Agent:
 
         The directory appears whole or not at all, whenever the process dies; one that was there before is replaced.
         """
-        with replaced_directory(directory) as folder, self.optimizer.master_precision():
+        with replaced_directory(directory) as folder, self.optimizer.master_precision(), _no_loading_bars():
             self.policy.model.save_pretrained(folder)
             if self.policy.critic is not None:
                 self.policy.critic.save_pretrained(folder / "critic")
@@ -272,7 +280,8 @@ class Agent:
         state = json.loads((folder / "trainer_state.json").read_text())
         if state["agent"] != cls.__name__:
             raise ValueError(f"{directory} holds a {state['agent']}, not a {cls.__name__}; load it with that class")
-        agent = cls(env, policy=str(folder), seed=state["seed"], **state["config"])
+        with _no_loading_bars():
+            agent = cls(env, policy=str(folder), seed=state["seed"], **state["config"])
         if agent.policy.critic is not None:
             critic = load_language_model(
                 str(folder / "critic"), agent.tokenizer, device=agent.policy.device, dtype="float32"
@@ -291,6 +300,20 @@ class Agent:
         agent._started = agent.num_updates > 0 and _restore_prompt_order(env.unwrapped, state["prompt_order"])
         agent.state = state["state"]
         return agent
+
+
+@contextlib.contextmanager
+def _no_loading_bars() -> Iterator[None]:
+    """The bars that transformers draws for each file would break up our own."""
+    from transformers.utils import logging
+
+    enabled = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if enabled:
+            logging.enable_progress_bar()
 
 
 def _restore_prompt_order(base: Any, states: list[Any] | None) -> bool:

@@ -51,6 +51,9 @@ def main(num_iterations=20, num_envs=32, num_steps=64, learning_rate=1e-3, kl_co
         for t in reversed(range(num_steps)):
             future, ends = rewards[t] + future * ~dones[t], ends | dones[t]
             returns[t], known[t] = future, ends
+        mean_scores.append(torch.cat(scores).mean().item() if scores else float("nan"))
+        if not known.any():  # no episode has ended: there is nothing to learn from yet
+            continue
         baseline = (returns * known).sum() / known.sum()
         for t in range(num_steps):
             logprobs = next_token(policy, states[t]).log_prob(actions[t])
@@ -58,7 +61,6 @@ def main(num_iterations=20, num_envs=32, num_steps=64, learning_rate=1e-3, kl_co
         torch.nn.utils.clip_grad_norm_(policy.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad()
-        mean_scores.append(torch.cat(scores).mean().item() if scores else float("nan"))
         print(f"iteration {iteration + 1:3d}  score {mean_scores[-1]:.3f}  tokens {(iteration + 1) * known.numel()}")
     envs.close()
     return mean_scores

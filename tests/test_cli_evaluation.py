@@ -77,7 +77,9 @@ def test_kl_is_that_of_plain_transformers(found):
         with torch.no_grad():
             logprobs = [m(input_ids=torch.tensor([ids])).logits[0].log_softmax(-1) for m in (policy, reference)]
         tokens = torch.tensor(ids)
-        difference = sum(float(logprobs[0][t - 1, tokens[t]] - logprobs[1][t - 1, tokens[t]]) for t in range(len(prompt), len(ids)))
+        difference = sum(
+            float(logprobs[0][t - 1, tokens[t]] - logprobs[1][t - 1, tokens[t]]) for t in range(len(prompt), len(ids))
+        )
         assert result.kl[b] == pytest.approx(difference, abs=1e-4)
     assert num_checked >= 3 and result.kl.mean() > 0.5
 
@@ -144,9 +146,16 @@ def test_page_is_one_file_and_escapes_what_models_write():
     evil = "</td><script>alert(1)</script> & \x1b[31m $title"
     figure = curves({"<b>": {"timesteps": [1, 2], "objective/scores": [0.1, 0.2], "objective/kl": [0.0, math.nan]}})
     section = Section("A & B", "see `x < y`", figure, 'a "caption"', ["prompt", "response"], [["p", evil]])
-    page = Page(html_report("T <1>", "sum", [section, Section("C", figure=histogram({"a": [0.0, 1.0], "b": [1.0]}, "score"))]))
-    assert "script" not in page.tags and "</td><script>alert(1)</script> & \N{REPLACEMENT CHARACTER}[31m $title" in page.text
-    assert len(page.addresses) == 2 and all(address.startswith("data:image/svg+xml;base64,") for address in page.addresses)
+    page = Page(
+        html_report("T <1>", "sum", [section, Section("C", figure=histogram({"a": [0.0, 1.0], "b": [1.0]}, "score"))])
+    )
+    assert (
+        "script" not in page.tags
+        and "</td><script>alert(1)</script> & \N{REPLACEMENT CHARACTER}[31m $title" in page.text
+    )
+    assert len(page.addresses) == 2 and all(
+        address.startswith("data:image/svg+xml;base64,") for address in page.addresses
+    )
     assert page.tags.count("code") == 1 and "T <1>" in page.text
 
 
@@ -159,7 +168,11 @@ def test_table_and_model_card():
     header, rows = table({"before": before, "after": after})
     assert header == ["", "before", "after"]
     assert rows[0] == ["score", "0.500 ± 6.353", "2.500 ± 6.353"]  # 12.706 / 2
-    assert ["KL to the reference, nats", "0.000 ± 0.000", "2.000 ± 12.706"] in rows and ["ended by EOS", "50%", "50%"] in rows
+    assert ["KL to the reference, nats", "0.000 ± 0.000", "2.000 ± 12.706"] in rows and [
+        "ended by EOS",
+        "50%",
+        "50%",
+    ] in rows
     options = {"agent": "ppo", "reward": ("m:f",), "prompts": "p.jsonl", "eval_prompts": None, "kl_coef": 0.05}
     card = model_card(options=options, base_model="base", before=before, after=after)
     assert "| score | 0.500 ± 6.353 | 2.500 ± 6.353 |" in card and "`m:f`" in card and "kl_coef: `0.05`" in card
@@ -173,7 +186,9 @@ def test_what_a_reward_remembers_is_not_moved_by_evaluations_or_failures():
             raise RuntimeError("no answer")
         return [0.0] * len(completions)
 
-    envs = make_envs(2, reward={"n": (normalize(goodness), 1.0), "f": (fallible, 1.0)}, metrics={"m": normalize(goodness)})
+    envs = make_envs(
+        2, reward={"n": (normalize(goodness), 1.0), "f": (fallible, 1.0)}, metrics={"m": normalize(goodness)}
+    )
     scorer = envs.unwrapped.process.scorer
     start = scorer.memory()
     evaluate(None, envs, num_episodes=4)
@@ -213,4 +228,6 @@ def test_clone_state_knows_what_a_reward_remembers():
 
 def test_a_device_without_a_model_is_checked_as_well():
     with pytest.raises(ValueError, match="device must be .* got 'foo'"):
-        gym.make_vec("rlhf_gym/TextGeneration-v0", tokenizer=tokenizer(), prompts=["the"], reward=goodness, device="foo")
+        gym.make_vec(
+            "rlhf_gym/TextGeneration-v0", tokenizer=tokenizer(), prompts=["the"], reward=goodness, device="foo"
+        )

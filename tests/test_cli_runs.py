@@ -98,7 +98,9 @@ class Breaking:
 @pytest.mark.parametrize(("fails", "every"), [(True, 2), (False, 2), (False, 1)])
 def test_a_broken_agent_does_not_replace_the_last_checkpoint(tmp_path, fails, every):
     run = RunDirectory(tmp_path / "x", OPTIONS)
-    with pytest.raises(ValueError, match="weights that are NaN or infinite and is not saved; .* keeps the last") as caught:
+    with pytest.raises(
+        ValueError, match="weights that are NaN or infinite and is not saved; .* keeps the last"
+    ) as caught:
         train_agent(Breaking(fails), run, 30, every, False)
     assert str(caught.value).count("NaN") == 1 and ("no token" in str(caught.value)) == fails
     assert (run.model / "saved").read_text() == "20"

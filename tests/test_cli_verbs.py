@@ -71,7 +71,10 @@ def test_train_evaluate_generate(place, capsys):
     config = json.loads((run / "config.json").read_text())
     assert config["options"]["kl_coef"] == 0.01 and config["options"]["config"] == ["num_epochs=2"]
     columns = read_metrics(run / "metrics.csv")
-    assert columns["timesteps"][-1] >= 150 and {"objective/kl", "objective/scores", "rollout/ep_rew_mean"} <= columns.keys()
+    assert (
+        columns["timesteps"][-1] >= 150
+        and {"objective/kl", "objective/scores", "rollout/ep_rew_mean"} <= columns.keys()
+    )
     samples = [json.loads(line) for line in (run / "samples_after.jsonl").read_text().splitlines()]
     assert len(samples) == 8 and all(s["score"] == s["response"].split().count("good") for s in samples)
     assert (run / "plots" / "curves.png").read_bytes()[:4] == b"\x89PNG"
@@ -87,7 +90,23 @@ def test_train_evaluate_generate(place, capsys):
     assert [s["kl"] for s in again] == pytest.approx([s["kl"] for s in samples], abs=1e-4)  # it knows its own reference
 
     capsys.readouterr()
-    assert main(["generate", "--model", "runs/x", "--prompt", "the cat", "a dog", "--num-samples", "2", "--max-response-tokens", "5"]) == 0
+    assert (
+        main(
+            [
+                "generate",
+                "--model",
+                "runs/x",
+                "--prompt",
+                "the cat",
+                "a dog",
+                "--num-samples",
+                "2",
+                "--max-response-tokens",
+                "5",
+            ]
+        )
+        == 0
+    )
     texts = capsys.readouterr().out.strip().split("\n\n")
     assert [text.split()[:2] for text in texts] == [["the", "cat"]] * 2 + [["a", "dog"]] * 2
 
@@ -114,7 +133,10 @@ def test_interrupted_work_is_saved_and_resuming_ends_where_the_unbroken_run_does
     if agent == "ppo":  # SB3's agents begin new episodes where they are saved
         assert train(f"{place}:goodness", *common, out="runs/unbroken") == 0
         unbroken = read_metrics("runs/unbroken/metrics.csv")
-        assert columns["objective/scores"] == unbroken["objective/scores"] and columns["objective/kl"] == unbroken["objective/kl"]
+        assert (
+            columns["objective/scores"] == unbroken["objective/scores"]
+            and columns["objective/kl"] == unbroken["objective/kl"]
+        )
 
 
 def test_a_reward_that_breaks_costs_nothing(place, capsys):
@@ -134,7 +156,10 @@ def test_a_reward_that_breaks_costs_nothing(place, capsys):
         (["train", "--zzz"], "no flag '--zzz'; see rlhf-gym train --help"),
         (["train", "--out", "x"], "needs --reward; see"),
         (["train", "--out", "x", "--reward", "f", "--kl-coef", "much"], "--kl-coef"),
-        (["train", "--out", "x", "--reward", "f", "--total-timesteps", "0"], "--total-timesteps must be at least 1, got 0"),
+        (
+            ["train", "--out", "x", "--reward", "f", "--total-timesteps", "0"],
+            "--total-timesteps must be at least 1, got 0",
+        ),
         (["doctor", "extra"], "extra"),
         (["train", "--out", "x", "--reward"], "--reward needs at least one"),
         (["generate", "--model", "tiny-revews"], "did you mean 'tiny-reviews'?"),
@@ -177,7 +202,9 @@ def test_help_is_light():
     code = "import sys; from rlhf_gym.cli import main; sys.argv = ['rlhf-gym', '--help']\ntry: main()\nexcept SystemExit as e: code = e.code\n"
     code += "print(code, *sorted({'torch', 'transformers', 'matplotlib', 'scipy'} & set(sys.modules)), file=sys.stderr)"
     done = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
-    assert done.stderr.strip() == "0" and all(verb in done.stdout for verb in ("demo", "train", "evaluate", "generate", "doctor"))
+    assert done.stderr.strip() == "0" and all(
+        verb in done.stdout for verb in ("demo", "train", "evaluate", "generate", "doctor")
+    )
 
 
 def test_ctrl_c_before_training(place, capsys, monkeypatch):
@@ -222,7 +249,9 @@ def test_a_device_that_is_not_there(place, capsys):
 
 def test_generated_text_drives_no_terminal(place, capsys, monkeypatch):
     words = tokenizer()
-    monkeypatch.setattr(type(words), "decode", lambda self, ids, **how: "a\x1b[2J\nb\u202e"[: None if len(ids) > 1 else 0])
+    monkeypatch.setattr(
+        type(words), "decode", lambda self, ids, **how: "a\x1b[2J\nb\u202e"[: None if len(ids) > 1 else 0]
+    )
     assert main(["generate", "--model", "base", "--prompt", "the", "--max-response-tokens", "2"]) == 0
     assert capsys.readouterr().out == "thea\\x1b[2J\nb\\u202e\n"
 
@@ -230,6 +259,8 @@ def test_generated_text_drives_no_terminal(place, capsys, monkeypatch):
 def test_a_terminal_that_knows_no_unicode_costs_no_samples(place):
     command = "evaluate --model base --reward length --prompts prompts.jsonl --num-episodes 4 --max-response-tokens 6 --out samples.jsonl"
     environment = {**os.environ, "PYTHONIOENCODING": "ascii", "PYTHONUTF8": "0"}
-    done = subprocess.run([sys.executable, "-m", "rlhf_gym", *command.split()], env=environment, capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "-m", "rlhf_gym", *command.split()], env=environment, capture_output=True, text=True
+    )
     assert done.returncode == 0, done.stderr
     assert len(Path("samples.jsonl").read_text().splitlines()) == 4 and "samples: samples.jsonl" in done.stdout

@@ -202,9 +202,7 @@ def test_clipped_loss_and_its_gradient(advantage, clip_range, dual_clip):
     old = torch.full_like(ratios, -2.0)
     logprobs = (old + ratios.log()).requires_grad_()
     mask, advantages = torch.ones(1, len(RATIOS), dtype=torch.bool), torch.full_like(ratios, advantage)
-    loss, stats = F.policy_loss_clipped(
-        logprobs, old, advantages, mask, clip_range=clip_range, dual_clip=dual_clip
-    )
+    loss, stats = F.policy_loss_clipped(logprobs, old, advantages, mask, clip_range=clip_range, dual_clip=dual_clip)
     loss.sum().backward()
 
     for i, ratio in enumerate(RATIOS):

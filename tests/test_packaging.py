@@ -24,7 +24,11 @@ def setup_cfg() -> configparser.ConfigParser:
 def packages_on_disk() -> dict[str, Path]:
     """Every folder with Python files in it, by the name under which it must install."""
     found = {}
-    for folder, name in (("rlhf_gym", "rlhf_gym"), ("agents", "rlhf_gym.agents"), ("benchmarks", "rlhf_gym.benchmarks")):
+    for folder, name in (
+        ("rlhf_gym", "rlhf_gym"),
+        ("agents", "rlhf_gym.agents"),
+        ("benchmarks", "rlhf_gym.benchmarks"),
+    ):
         for file in (ROOT / folder).rglob("*.py"):
             parts = file.parent.relative_to(ROOT / folder).parts
             found[".".join((name, *parts))] = file.parent
@@ -49,7 +53,9 @@ def wheel_names(tmp_path_factory) -> list[str]:
         shutil.copytree(ROOT / folder, source / folder, ignore=shutil.ignore_patterns("__pycache__"))
     code = "import sys; from setuptools.build_meta import build_wheel; build_wheel(sys.argv[1])"
     out = tmp_path_factory.mktemp("wheel")
-    done = subprocess.run([sys.executable, "-c", code, str(out)], cwd=source, check=False, capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(out)], cwd=source, check=False, capture_output=True, text=True
+    )
     assert done.returncode == 0, done.stderr
     (wheel,) = out.glob("*.whl")
     return zipfile.ZipFile(wheel).namelist()
@@ -156,7 +162,9 @@ def test_import_is_light():
 
 
 def test_constraints_pin_torch_first_and_cover_every_dependency():
-    lines = [line for line in (ROOT / "constraints.txt").read_text(encoding="utf-8").splitlines() if line[:1] not in "#"]
+    lines = [
+        line for line in (ROOT / "constraints.txt").read_text(encoding="utf-8").splitlines() if line[:1] not in "#"
+    ]
     pinned = [line.split("==")[0] for line in lines]
     assert pinned[0] == "torch" and all("==" in line for line in lines)
     project = (ROOT / "pyproject.toml").read_text(encoding="utf-8")

@@ -164,7 +164,12 @@ def test_clip_shows_its_correction():
 
 def test_a_clipped_score_is_exact_whatever_was_clipped():
     huge = clip(lambda text: 1e20, -1, 1)
-    for reward, expected in ((huge, 1), ({huge: 1.0, "length": 0.5}, 3), (length_penalty(huge, 0.125), 0.5), (scale(huge, 3), 3)):
+    for reward, expected in (
+        (huge, 1),
+        ({huge: 1.0, "length": 0.5}, 3),
+        (length_penalty(huge, 0.125), 0.5),
+        (scale(huge, 3), 3),
+    ):
         assert score(reward, "a b c") == [pytest.approx(expected, rel=1e-15)]  # 4 tokens
     assert score(clip(lambda text: 7.1, high=0.3), "a") == [0.3]
 

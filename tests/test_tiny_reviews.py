@@ -83,7 +83,9 @@ def test_log_prob_is_the_sum_over_all_derivations(reduced):
         totals[" ".join(words)] += p
         ways[" ".join(words)] += 1
     assert sum(math.exp(grammar.log_prob(text)) for text in totals) == pytest.approx(1.0, abs=1e-10)
-    assert [grammar.log_prob(text) for text in totals] == pytest.approx([math.log(p) for p in totals.values()], abs=1e-10)
+    assert [grammar.log_prob(text) for text in totals] == pytest.approx(
+        [math.log(p) for p in totals.values()], abs=1e-10
+    )
     # It would prove little if no text had more derivations than one for each latent sentiment.
     assert max(ways.values()) > 2
     assert grammar.max_tokens == max(len(text.split()) for text in totals)
@@ -127,7 +129,10 @@ def test_sentiment_by_hand():
     [
         ("the lid is not flimsy .", "the lid is not sturdy ."),
         ("the lid is not bad at all .", "the lid is not great ."),
-        ("although the lid is terrible , the handle is great .", "although the lid is great , the handle is terrible ."),
+        (
+            "although the lid is terrible , the handle is great .",
+            "although the lid is great , the handle is terrible .",
+        ),
         ("despite the flimsy lid , the handle is great .", "despite the sturdy lid , the handle is terrible ."),
         ("the lid is weak , but the handle is strong .", "the lid is strong , but the handle is weak ."),
         ("i wanted to hate it , but the lid is sturdy .", "i wanted to love it , but the lid is flimsy ."),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 
@@ -20,6 +21,10 @@ def run(options: Evaluate) -> int:
     envs = make_envs(options, num_envs=1, model=policy if source is None else model_source(source))
     model = None if source is None else policy.model
     found = evaluate(model, envs, num_episodes=options.num_episodes, seed=options.seed, greedy=options.greedy)
+    if source is None:
+        # The model stood in as its own reference; a KL of 0 would read as "it did not move".
+        samples = [{name: value for name, value in sample.items() if name != "kl"} for sample in found.samples]
+        found = dataclasses.replace(found, kl=None, samples=samples)
     if options.out is not None:
         lines = [json.dumps(sample, ensure_ascii=False) + "\n" for sample in found.samples]
         Path(options.out).write_text("".join(lines), encoding="utf-8")
