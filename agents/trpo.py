@@ -331,7 +331,7 @@ def line_search(
     shrink: float,
     max_iter: int,
 ) -> Any | None:
-    """Tries ever shorter steps, in place, until one is acceptable; restores the parameters when none is.
+    """Tries ever shorter steps, in place, until one is acceptable; else restores the parameters, whatever ends it.
 
     Args:
         parameters: Changed in place.
@@ -346,15 +346,20 @@ def line_search(
     """
     original = [p.detach().clone() for p in parameters]
     pieces = [s.view_as(p) for s, p in zip(step.split([p.numel() for p in parameters]), parameters, strict=True)]
-    for i in range(max_iter):
-        for p, start, piece in zip(parameters, original, pieces, strict=True):
-            p.copy_(start + shrink**i * piece)
-        measured = measure()
-        if acceptable(measured):
-            return measured
-    for p, start in zip(parameters, original, strict=True):
-        p.copy_(start)
-    return None
+    accepted = False
+    try:
+        for i in range(max_iter):
+            for p, start, piece in zip(parameters, original, pieces, strict=True):
+                p.copy_(start + shrink**i * piece)
+            measured = measure()
+            accepted = acceptable(measured)
+            if accepted:
+                return measured
+        return None
+    finally:  # also when it was interrupted: a trial step must not be taken for the result
+        if not accepted:
+            for p, start in zip(parameters, original, strict=True):
+                p.copy_(start)
 
 
 def _mean_kl(new: Distribution, old: Distribution) -> Tensor:

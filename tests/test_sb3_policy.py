@@ -429,3 +429,25 @@ def test_vector_stream_is_that_of_scalar_environments():
                         mine["terminal_observation"]["input_ids"], other["terminal_observation"]["input_ids"]
                     )
                     assert mine["episode"]["l"] == other["episode"]["l"]
+
+
+def test_agents_leave_pythons_random_and_the_environment_alone(tmp_path):
+    """Neither the caller's generator nor kl_coef is the agent's to change; other prompts start an order of their own."""
+    import random
+
+    from worlds import make_envs
+
+    from rlhf_gym.agents import A2C
+
+    world = make_envs(4, kl_coef=0.05)
+    random.seed(1)
+    expected = random.Random(1).random()
+    agent = A2C(world, seed=0)
+    assert random.random() == expected
+    world.kl_coef = 0.5
+    agent.learn(40)
+    assert world.kl_coef == 0.5
+    agent.save(tmp_path / "agent")
+    other = make_envs(4, kl_coef=0.0, prompts=["the"])
+    A2C.load(tmp_path / "agent", env=other)
+    assert other.kl_coef == 0.0

@@ -242,3 +242,15 @@ def test_wrong_arguments(name, value):
         algorithm(MicroBatchTRPO, **{name: value})
     with pytest.raises(ValueError, match="target_kl_schedule"):
         algorithm(MicroBatchTRPO, target_kl_schedule="cosine")
+
+
+def test_interrupted_line_search_restores():
+    """Ctrl-C in the middle of a trial step leaves the parameters as they were."""
+    weight = torch.zeros(2)
+
+    def interrupted():
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        line_search([weight], torch.ones(2), interrupted, bool, shrink=0.5, max_iter=3)
+    assert weight.tolist() == [0.0, 0.0]

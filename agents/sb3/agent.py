@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
+import random
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
@@ -24,10 +25,10 @@ from torch import Tensor
 
 from rlhf_gym import __version__
 from rlhf_gym.atomic import replaced_directory, verified_files
-from rlhf_gym.kl import AdaptiveKL, FixedKL
+from rlhf_gym.kl import AdaptiveKL
 from rlhf_gym.lm import LanguageModel, load_language_model
 
-from ..base import _make_config
+from ..base import _make_config, _restore_prompt_order
 from .announce import AnnounceLogprobs
 from .policy import LMActorCriticPolicy, policy_kwargs
 from .report import Report, StopLearning
@@ -85,10 +86,10 @@ class SB3Agent:
         if arguments.pop("lr_schedule", "constant") == "linear":
             arguments["learning_rate"] = LinearSchedule(arguments["learning_rate"], 0.0, 1.0)
         ref_kl_target, kl_horizon = arguments.pop("ref_kl_target", None), arguments.pop("kl_horizon", 10_000.0)
-        self.kl_controller: FixedKL | AdaptiveKL | None = None
-        if hasattr(base, "kl_coef"):
-            coef = base.kl_coef
-            self.kl_controller = FixedKL(coef) if ref_kl_target is None else AdaptiveKL(coef, ref_kl_target, kl_horizon)
+        # None leaves kl_coef to whoever sets it on the environment.
+        self.kl_controller: AdaptiveKL | None = None
+        if ref_kl_target is not None and hasattr(base, "kl_coef"):
+            self.kl_controller = AdaptiveKL(base.kl_coef, ref_kl_target, kl_horizon)
         venv = GymVectorToSB3(envs) if isinstance(envs, VectorEnv) else DummyVecEnv([lambda: Monitor(envs)])
         if arguments.get("n_steps") is None:
             arguments["n_steps"] = 2 * getattr(
@@ -291,8 +292,7 @@ class SB3Agent:
         if agent.kl_controller is not None and state["kl_controller"]:
             agent.kl_controller.load_state_dict(state["kl_controller"])
             env.unwrapped.kl_coef = agent.kl_controller.coef
-        if state["prompt_order"] is not None and hasattr(env.unwrapped, "load_prompt_order_state"):
-            env.unwrapped.load_prompt_order_state(state["prompt_order"])
+        if _restore_prompt_order(env.unwrapped, state["prompt_order"]):
             agent.algorithm.env._reset_seeds()  # the rows go on in their order of prompts
         agent.algorithm.num_timesteps, agent.algorithm._n_updates = state["num_timesteps"], state["n_updates"]
         agent.num_updates = state["num_updates"]
@@ -320,7 +320,8 @@ def _get_generators() -> tuple[Tensor, Any]:
 @contextlib.contextmanager
 def _generators(state: tuple[Tensor, Any] | None) -> Iterator[None]:
     """Inside, the global generators that SB3 draws from are in the given state; afterwards the caller's are back."""
-    outside = _get_generators()
+    # Python's own generator is seeded by SB3 too, but nothing here draws from it: it is only put back.
+    outside, outside_python = _get_generators(), random.getstate()
     try:
         if state is not None:
             torch.set_rng_state(state[0])
@@ -329,6 +330,7 @@ def _generators(state: tuple[Tensor, Any] | None) -> Iterator[None]:
     finally:
         torch.set_rng_state(outside[0])
         np.random.set_state(outside[1])
+        random.setstate(outside_python)
 
 
 def _optimizer_state(optimizer: torch.optim.Optimizer) -> tuple[dict[str, Tensor], dict[str, Any]]:

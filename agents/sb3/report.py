@@ -126,8 +126,9 @@ class Report(BaseCallback):
             "objective/entropy": -mean([e["logprob"] for e in episodes]),
             "val/num_eos_tokens": float(sum(ended_by_eos)),
         }
-        if self.agent.kl_controller is not None:
-            metrics["objective/kl_coef"] = self.agent.kl_controller.coef
+        kl_coef = getattr(self.agent.envs.unwrapped, "kl_coef", None)
+        if kl_coef is not None:
+            metrics["objective/kl_coef"] = kl_coef
         for name in sorted({key for e in episodes for key in e if key.startswith("score/")}):
             term = [e[name] for e in episodes if name in e and not np.isnan(e[name])]
             if term:

@@ -146,8 +146,8 @@ def _page(evaluations: dict[str, Evaluation], runs: dict[str, Any], seconds: flo
                 "While they learn",
                 "",
                 curves(runs),
-                "Left: mean score of the responses in training. Right: how far the policy is from the base model. Faint: each batch; "
-                "strong: the running mean.",
+                "Left: mean score of the responses in training. Right: how far the policy is from the base model."
+                " Where there are many batches they stand faint behind their running mean.",
             ),
             Section(
                 "On held-out prompts",
