@@ -1,8 +1,10 @@
 """Agents on the tasks whose optimum is known: the normalised score of what they have learnt, with intervals over seeds.
 
     python -m rlhf_gym.benchmarks.known_answers --agents ppo --policy tabular --num-seeds 5 --out benchmarks/results/known_answers.jsonl
+    python -m rlhf_gym.benchmarks.known_answers --table benchmarks/results/known_answers.jsonl
 
-One JSON line per finished cell (agent, policy, task, kl_coef, seed); a cell that is there is not run again. 1 is optimal, 0 the reference.
+One JSON line per finished cell (agent, policy, task, kl_coef, seed); a cell that is there is not run again, so the same
+command goes on after a kill. The second command measures nothing. 1 is optimal, 0 the reference.
 """
 
 from __future__ import annotations
@@ -10,25 +12,29 @@ from __future__ import annotations
 import argparse
 import importlib
 import json
-import math
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import gymnasium as gym
 import numpy as np
+import torch
 
 import rlhf_gym
 from rlhf_gym.agents import AGENTS
+from rlhf_gym.exact import POLICY_KINDS, residual_policy
 from rlhf_gym.lm import generate, make_engine
 
+from .cells import append_cell, mean_and_half_width, read_cells, run_cells
 from .seeds import provenance
 
 # Task -> the two KL coefficients of the table: a sharp and a soft optimum (scores of Lexicon are ten times as large).
 TASKS = {
     "WoAiNi": (0.1, 0.3), "Brackets": (0.1, 0.3), "Lexicon": (2.0, 1.0), "Recall": (0.1, 0.3), "Goodhart": (0.1, 0.3), "Difficulty": (0.1, 0.3),
 }  # fmt: skip
+COLUMNS = (".1 (Lexicon 2)", ".3 (Lexicon 1)")
 NUM_ENVS = 128
 
 
@@ -38,47 +44,68 @@ def main(argv: list[str] | None = None) -> int:
         prog="python -m rlhf_gym.benchmarks.known_answers", description=__doc__.splitlines()[0]
     )
     parser.add_argument("--agents", nargs="+", default=["ppo"], choices=sorted(AGENTS))
-    parser.add_argument("--policy", default="tabular", choices=["tabular", "transformer", "lstm"])
+    parser.add_argument("--policy", default="tabular", choices=POLICY_KINDS)
     parser.add_argument("--tasks", nargs="+", default=list(TASKS), choices=list(TASKS))
     parser.add_argument("--num-seeds", type=int, default=5)
     parser.add_argument("--episodes", type=int, default=51_200)
     parser.add_argument("--config", nargs="*", default=[], metavar="NAME=VALUE", help="settings of the agents, in JSON")
-    parser.add_argument("--out", type=Path, required=True, help="JSON lines, appended to")
+    parser.add_argument("--jobs", type=int, default=1, help="processes side by side, one thread each")
+    where = parser.add_mutually_exclusive_group(required=True)
+    where.add_argument("--out", type=Path, help="JSON lines, appended to")
+    where.add_argument("--table", type=Path, metavar="FILE", help="print the table of such a file and measure nothing")
     options = parser.parse_args(argv)
-    config = {item.partition("=")[0]: json.loads(item.partition("=")[2]) for item in options.config}
-    options.out.parent.mkdir(parents=True, exist_ok=True)
-    done = [json.loads(line) for line in options.out.read_text().splitlines()] if options.out.exists() else []
-    cells = []
-    for agent in options.agents:
-        for task in options.tasks:
-            for kl_coef in TASKS[task]:
-                for seed in range(options.num_seeds):
-                    key = {
-                        "agent": agent,
-                        "policy": options.policy,
-                        "task": task,
-                        "kl_coef": kl_coef,
-                        "seed": seed,
-                        "episodes": options.episodes,
-                        "config": config,
-                    }
-                    cell = next((c for c in done if all(c.get(name) == value for name, value in key.items())), None)
-                    if cell is None:
-                        cell = (
-                            key
-                            | run_cell(agent, options.policy, task, kl_coef, seed, options.episodes, config)
-                            | provenance()
-                        )
-                        with options.out.open("a") as file:
-                            file.write(json.dumps(cell) + "\n")
-                        print(
-                            f"{agent} {task} {kl_coef:g} seed {seed}: {cell['normalised']:.4f} in {cell['seconds']:.0f} s",
-                            file=sys.stderr,
-                            flush=True,
-                        )
-                    cells.append(cell)
-    print(as_markdown(cells))
+    if options.jobs < 1:
+        parser.error(f"--jobs must be >= 1, got {options.jobs}")
+    try:
+        done = read_cells(options.table or options.out)
+        config = dict(map(read_setting, options.config))
+    except ValueError as error:
+        parser.error(str(error))
+    if options.table:
+        if not done:
+            parser.error(f"{options.table} holds no cells; measure some with --out")
+        print(as_markdown(done))
+        return 0
+
+    keys = [
+        {"agent": agent, "policy": options.policy, "task": task, "kl_coef": kl_coef, "seed": seed,
+         "episodes": options.episodes, "config": config}
+        for agent in options.agents for task in options.tasks for kl_coef in TASKS[task]
+        for seed in range(options.num_seeds)
+    ]  # fmt: skip
+    found = [next((cell for cell in done if key.items() <= cell.items()), None) for key in keys]
+    missing = [key for key, cell in zip(keys, found, strict=True) if cell is None]
+    measured, start = [], time.perf_counter()
+    for key, result in run_cells(run_cell, missing, options.jobs):
+        measured.append(key | result | provenance())
+        append_cell(options.out, measured[-1])
+        print(progress_line(measured, len(missing), time.perf_counter() - start), file=sys.stderr, flush=True)
+    print(as_markdown([cell for cell in found if cell] + measured))
     return 0
+
+
+def read_setting(item: str) -> tuple[str, Any]:
+    """``learning_rate=0.02`` as a name and a value.
+
+    Raises:
+        ValueError: If the value is not JSON.
+    """
+    name, _, value = item.partition("=")
+    try:
+        return name, json.loads(value)
+    except json.JSONDecodeError:
+        raise ValueError(
+            f"--config takes NAME=VALUE with a value in JSON (text in double quotes), got {item!r}"
+        ) from None
+
+
+def progress_line(measured: Sequence[dict[str, Any]], total: int, seconds: float) -> str:
+    """What has been found last, and how long the rest will take if it goes on like this."""
+    cell, left = measured[-1], seconds / len(measured) * (total - len(measured))
+    return (
+        f"[{len(measured)}/{total}, {left / 60:.0f} min left] {cell['agent']} {cell['policy']} {cell['task']} "
+        f"{cell['kl_coef']:g} seed {cell['seed']}: {cell['normalised']:.4f} in {cell['seconds']:.0f} s"
+    )
 
 
 def run_cell(
@@ -91,13 +118,21 @@ def run_cell(
     total = int(episodes * mean_length(solution.policy, envs))
     module, _, name = AGENTS[agent].partition(":")
     start = time.perf_counter()
-    learner = getattr(importlib.import_module(module), name)(envs, policy=policy, seed=seed, **config)
-    learner.learn(total, callback=lambda who, _: who.num_updates * NUM_ENVS < episodes)
+    # The intervals over seeds are to speak of a network's initial weights too.
+    model = policy if policy == "tabular" else residual_policy(envs, policy, seed=seed)
+    learner = getattr(importlib.import_module(module), name)(envs, policy=model, seed=seed, **config)
+    per_update = NUM_ENVS * getattr(learner.config, "num_rounds", 1)
+    learner.learn(total, callback=lambda who, _: who.num_updates * per_update < episodes)
     seconds = time.perf_counter() - start
     found = rlhf_gym.exact.evaluate(learner, envs, kl_coef)
+    references = solution.reference_objectives
+    by_prompt = (found.objectives - references) / (solution.objectives - references)
+    prompts = [prompt.text for prompt in envs.unwrapped.process.prompts]
     return {
         "normalised": found.normalised, "objective": found.objective, "optimum": solution.objective, "reward": found.reward, "kl": found.kl,
-        "regret": found.regret, "exact": found.exact, "standard_error": found.standard_error, "tokens": learner.num_timesteps, "seconds": seconds,
+        "regret": found.regret, "exact": found.exact, "standard_error": found.standard_error,
+        "normalised_by_prompt": dict(zip(prompts, by_prompt.tolist(), strict=True)) if len(prompts) > 1 else None,
+        "tokens": learner.num_timesteps, "seconds": seconds,
     }  # fmt: skip
 
 
@@ -106,8 +141,6 @@ def mean_length(policy: Any, envs: Any, num_episodes: int = 2048) -> float:
     process = envs.unwrapped.process
     prompts = [process.prompts[i % len(process.prompts)].ids for i in range(num_episodes)]
     uniforms = np.random.default_rng(0).random((num_episodes, process.max_response_tokens), dtype=np.float32)
-    import torch
-
     responses = generate(
         make_engine(policy, 256, process.max_tokens), prompts, max_response_tokens=process.max_response_tokens,
         eos_token_ids=process.eos_token_ids, uniforms=torch.from_numpy(uniforms), token_filter=process.token_filter,
@@ -115,31 +148,56 @@ def mean_length(policy: Any, envs: Any, num_episodes: int = 2048) -> float:
     return float(responses.response_mask.sum(1).double().mean())
 
 
-def as_markdown(cells: list[dict[str, Any]]) -> str:
-    """Mean normalised score over seeds with its 95 % Student interval, a row per agent and KL coefficient."""
-    from scipy.stats import t
+def as_markdown(cells: Sequence[dict[str, Any]]) -> str:
+    """The tables: normalised score, a row per agent, policy, settings, budget and KL coefficient; and per prompt."""
+    tasks = [task for task in TASKS if any(cell["task"] == task for cell in cells)]
+    rows, by_prompt = [], []
+    for label, group in runs_of(cells):
+        for which, coefficient in enumerate(COLUMNS):
+            row = [c for c in group if c["kl_coef"] == TASKS[c["task"]][which]]
+            if not row:
+                continue
+            values = [[c["normalised"] for c in row if c["task"] == task] for task in tasks]
+            seconds = np.mean([c["seconds"] for c in row])
+            rows.append([label, coefficient, *map(as_entry, values), f"{seconds:.0f}"])
+            prompts = [c["normalised_by_prompt"] for c in row if c.get("normalised_by_prompt")]
+            if prompts:
+                by_prompt.append([label, coefficient, *(as_entry([p[name] for p in prompts]) for name in prompts[0])])
+                names = list(prompts[0])
+    tables = [
+        "Normalised score: mean ± half of the 95 % interval over seeds, the worst seed in brackets. Seconds: mean of a "
+        "run.",
+        _table(["agent", "KL coefficient", *tasks, "seconds"], rows),
+    ]
+    if by_prompt:
+        tables += ["Difficulty, prompt by prompt:", _table(["agent", "KL coefficient", *names], by_prompt)]
+    return "\n\n".join(tables)
 
-    tasks = list(dict.fromkeys(cell["task"] for cell in cells))
-    lines = ["| agent | KL coefficient | " + " | ".join(tasks) + " |", "|---|---|" + "---|" * len(tasks)]
-    for agent in dict.fromkeys(cell["agent"] for cell in cells):
-        for which, label in enumerate(("first (.1; Lexicon 2)", "second (.3; Lexicon 1)")):
-            row = []
-            for task in tasks:
-                values = np.array(
-                    [
-                        c["normalised"]
-                        for c in cells
-                        if (c["agent"], c["task"], c["kl_coef"]) == (agent, task, TASKS[task][which])
-                    ]
-                )
-                half = (
-                    t.ppf(0.975, len(values) - 1) * values.std(ddof=1) / math.sqrt(len(values))
-                    if len(values) > 1
-                    else math.nan
-                )
-                row.append(f"{values.mean():.4f} ± {half:.4f}")
-            lines.append(f"| {agent} | {label} | " + " | ".join(row) + " |")
-    return "\n".join(lines)
+
+def runs_of(cells: Sequence[dict[str, Any]]) -> list[tuple[str, list[dict[str, Any]]]]:
+    """Cells by agent, policy, settings and budget, each with what a table says of it."""
+    groups: dict[str, list[dict[str, Any]]] = {}
+    for cell in cells:
+        settings = "".join(f", {name}={value}" for name, value in sorted(cell["config"].items()))
+        label = f"{cell['agent'].upper()}, {cell['policy']}{settings}, {cell['episodes']:,} episodes"
+        groups.setdefault(label, []).append(cell)
+    return list(groups.items())
+
+
+def as_entry(values: Sequence[float]) -> str:
+    """``.9996 ± .0004 (.9991)``, and the number of seeds where it is not five."""
+    if not values:
+        return "-"
+    if len(values) == 1:
+        return f"{values[0]:.4f} (1 seed)"
+    mean, half = mean_and_half_width(values)
+    seeds = "" if len(values) == 5 else f", {len(values)} seeds"
+    return f"{mean:.4f} ± {half:.4f} ({min(values):.4f}{seeds})"
+
+
+def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    lines = [header, ["---"] * len(header), *rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
 if __name__ == "__main__":
