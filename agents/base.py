@@ -26,6 +26,7 @@ from rlhf_gym.kl import AdaptiveKL
 from rlhf_gym.lm import load_language_model, make_engine, sample_tokens
 from rlhf_gym.lm.load import vocab_size
 
+from .audit import Audit
 from .batch import Rollout
 from .logs import Progress, rollout_metrics
 from .policy import Policy
@@ -46,6 +47,8 @@ class Agent:
             copy of the environment's reference. On environments with known answers also "tabular", "transformer" and
             "lstm", see :mod:`rlhf_gym.exact`.
         seed: Seed of sampling, minibatches and the environment's prompts.
+        audit_interval: Every so many updates the rollout is audited (``audit.py``): exact KL and entropy beside the
+            sampled ones, the certificate of optimality, and a warning where they contradict each other. 0 never.
         **config: Fields of ``config_class``.
 
     Attributes:
@@ -56,9 +59,9 @@ class Agent:
 
     config_class: ClassVar[type]
 
-    def __init__(self, envs: VectorEnv, policy: Any = None, seed: int = 0, **config: Any):
+    def __init__(self, envs: VectorEnv, policy: Any = None, seed: int = 0, *, audit_interval: int = 10, **config: Any):
         self.config = _make_config(self.config_class, config)
-        self.envs, self.seed = envs, seed
+        self.envs, self.seed, self.audit_interval = envs, seed, audit_interval
         if not isinstance(envs, VectorEnv):
             raise ValueError(f"envs must be a vector environment, got {type(envs).__name__}; use gym.make_vec")
         space = envs.single_observation_space
@@ -76,6 +79,7 @@ class Agent:
         self.generator = torch.Generator().manual_seed(seed)
         self._predict_generator = torch.Generator().manual_seed(seed)
         self.collector = Collector(envs, self.policy, self.generator, cfg.num_rounds)
+        Audit(envs, self.policy.model, audit_interval)  # learn makes its own; what is wrong with it is told now
         self.kl_controller = self._make_kl_controller(base)
         self.num_timesteps = self.num_updates = self.total_timesteps = 0
         self.state: dict[str, float] = {}
@@ -147,12 +151,15 @@ class Agent:
                 stacklevel=2,
             )
         callbacks = [callback] if callable(callback) else list(callback or [])
+        audit = Audit(self.envs, self.policy.model, self.audit_interval)
         with Progress(self.total_timesteps, self.num_timesteps, show=progress_bar) as progress:
             while self.num_timesteps < self.total_timesteps:
                 progress.start_rollout()
                 # The first reset takes the seed; later ones go on in the rows' orders of prompts.
                 rollout = self.collector.collect(progress.tokens, seed=None if self._started else self.seed)
                 self._started = True
+                progress.start_audit()
+                audited = audit(rollout.batch, self.num_updates)
                 progress.start_update()
                 self.optimizer.zero_grad()  # an update that was interrupted half-way may have left some
                 metrics = self.update(rollout)
@@ -161,7 +168,7 @@ class Agent:
                 self.num_timesteps += rollout.num_tokens
                 self.num_updates += 1
                 self._invalidate()
-                metrics = rollout_metrics(self, rollout) | metrics | progress.end_update(rollout)
+                metrics = rollout_metrics(self, rollout) | audited | metrics | progress.end_update(rollout)
                 if self.kl_controller is not None:
                     sequence_kl = rollout.batch.kl.sum(1).mean().item()
                     self.envs.unwrapped.kl_coef = self.kl_controller.update(sequence_kl, len(rollout.batch))
@@ -259,6 +266,7 @@ class Agent:
                 "version": __version__,
                 "config": dataclasses.asdict(self.config),
                 "seed": self.seed,
+                "audit_interval": self.audit_interval,
                 "num_timesteps": self.num_timesteps,
                 "num_updates": self.num_updates,
                 "state": self.state,
@@ -281,7 +289,8 @@ class Agent:
         if state["agent"] != cls.__name__:
             raise ValueError(f"{directory} holds a {state['agent']}, not a {cls.__name__}; load it with that class")
         with _no_loading_bars():
-            agent = cls(env, policy=str(folder), seed=state["seed"], **state["config"])
+            interval = state.get("audit_interval", 10)  # older agents have none
+            agent = cls(env, policy=str(folder), seed=state["seed"], audit_interval=interval, **state["config"])
         if agent.policy.critic is not None:
             critic = load_language_model(
                 str(folder / "critic"), agent.tokenizer, device=agent.policy.device, dtype="float32"

@@ -67,7 +67,7 @@ class Progress:
             total=total, initial=done, unit="tok", unit_scale=True, disable=not show, dynamic_ncols=True, smoothing=0.1
         )
         self._start, self._tokens = time.perf_counter(), 0
-        self._marks = [self._start] * 2
+        self._marks = [self._start] * 3
 
     def __enter__(self) -> Progress:
         return self
@@ -84,9 +84,13 @@ class Progress:
         self._tokens += count
         self._bar.update(count)
 
-    def start_update(self) -> None:
-        """The rollout is there; the update begins."""
+    def start_audit(self) -> None:
+        """The rollout is there; it is looked at, which takes no time where nothing is due."""
         self._marks[1] = time.perf_counter()
+
+    def start_update(self) -> None:
+        """The update begins."""
+        self._marks[2] = time.perf_counter()
 
     def end_update(self, rollout: Rollout) -> dict[str, float]:
         """Close one round; returns ``time/`` metrics (seconds; ``time/fps`` is tokens per second since ``learn``
@@ -100,5 +104,6 @@ class Progress:
             "time/fps": self._tokens / max(now - self._start, 1e-9),
             "time/time_elapsed": now - self._start,
             "time/rollout": self._marks[1] - self._marks[0],
-            "time/update": now - self._marks[1],
+            "time/audit": self._marks[2] - self._marks[1],
+            "time/update": now - self._marks[2],
         }

@@ -28,6 +28,7 @@ from rlhf_gym.atomic import replaced_directory, verified_files
 from rlhf_gym.kl import AdaptiveKL
 from rlhf_gym.lm import LanguageModel, load_language_model
 
+from ..audit import Audit
 from ..base import _make_config, _restore_prompt_order
 from .announce import AnnounceLogprobs
 from .policy import LMActorCriticPolicy, policy_kwargs
@@ -48,6 +49,8 @@ class SB3Agent:
             None is the environment's reference. "tabular", "transformer" and "lstm" as for every agent.
         seed: Seed of sampling, minibatches and the environment's prompts.
         algorithm: The class, for instance ``stable_baselines3.PPO``; subclasses have theirs.
+        audit_interval: Every so many rollouts one is audited, as for every agent (:class:`rlhf_gym.agents.Agent`); 0
+            never. Sums over a rollout are divided by the number of responses that ended in it.
         **config: ``n_steps`` (default: twice the longest response, so that most episodes begin and end in a rollout),
             ``lr_schedule`` ("constant" or "linear"), ``critic`` ("shared" or "separate" trunk), ``ref_kl_target`` and
             ``kl_horizon`` of an adaptive KL coefficient; all others are arguments of the algorithm.
@@ -70,13 +73,15 @@ class SB3Agent:
         policy: Any = None,
         seed: int = 0,
         algorithm: type[OnPolicyAlgorithm] | None = None,
+        *,
+        audit_interval: int = 10,
         **config: Any,
     ) -> None:
         algorithm = algorithm or self.algorithm_class
         if not (isinstance(algorithm, type) and issubclass(algorithm, OnPolicyAlgorithm)):
             raise TypeError(f"algorithm must be an on-policy class of Stable-Baselines3 such as PPO, got {algorithm!r}")
         self.config: Any = config if self.config_class is None else _make_config(self.config_class, config)
-        self.envs, self.seed = envs, seed
+        self.envs, self.seed, self.audit_interval = envs, seed, audit_interval
         base = envs.unwrapped
         source, self.tokenizer = _starting_model(base, policy)
         arguments = dict(self.config) if isinstance(self.config, dict) else dataclasses.asdict(self.config)
@@ -108,6 +113,7 @@ class SB3Agent:
                 **({"gamma": 1.0} | arguments),
             )
             self._randomness = _get_generators()
+        Audit(envs, self.policy_model, audit_interval)  # learn makes its own; what is wrong with it is told now
         self.algorithm.set_logger(Logger(folder=None, output_formats=[]))
         self._predict_generator = torch.Generator().manual_seed(seed)
         self.num_updates = self.total_timesteps = 0
@@ -238,6 +244,7 @@ class SB3Agent:
             "version": __version__,
             "config": self.config if self.config_class is None else dataclasses.asdict(self.config),
             "seed": self.seed,
+            "audit_interval": self.audit_interval,
             "num_timesteps": self.num_timesteps,
             "num_updates": self.num_updates,
             "n_updates": algorithm._n_updates,
@@ -275,7 +282,8 @@ class SB3Agent:
         state = json.loads((folder / "trainer_state.json").read_text())
         if state["agent"] != cls.__name__:
             raise ValueError(f"{directory} holds a {state['agent']}, not a {cls.__name__}; load it with that class")
-        agent = cls(env, policy=str(folder), seed=state["seed"], algorithm=algorithm, **state["config"])
+        common = {"seed": state["seed"], "audit_interval": state.get("audit_interval", 10)}  # older agents have none
+        agent = cls(env, policy=str(folder), algorithm=algorithm, **common, **state["config"])
         if type(agent.algorithm).__name__ != state["algorithm"]:
             raise ValueError(f"{directory} was trained by {state['algorithm']}, not {type(agent.algorithm).__name__}")
         policy = agent.algorithm.policy

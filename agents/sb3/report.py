@@ -9,6 +9,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from stable_baselines3.common.callbacks import BaseCallback
 
+from ..audit import Audit
+from .audit import buffer_batch
+
 if TYPE_CHECKING:
     from .agent import SB3Agent
 
@@ -43,6 +46,11 @@ class Report(BaseCallback):
         self.agent, self.callbacks, self.show = agent, callbacks, progress_bar
         self.episodes: list[dict[str, Any]] = []
         self._rollout_ended = False
+        self.audit = Audit(agent.envs, agent.policy_model, agent.audit_interval)
+        self._audited: dict[str, float] = {}
+        # Of each step so far, what the audit cannot read in the buffer.
+        self._ref_logprobs: list[list[float]] = []
+        self._scores: list[list[float]] = []
 
     def _on_training_start(self) -> None:
         from tqdm.auto import tqdm
@@ -56,12 +64,13 @@ class Report(BaseCallback):
             dynamic_ncols=True,
         )
         self._first, self._start = self.num_timesteps, time.perf_counter()
-        self._marks = [self._start, self._start]  # when the rollout began, and when it ended
+        self._marks = [self._start] * 3  # when the rollout began, when it ended, and when the update began
         self._logprob_sums = np.zeros(self.training_env.num_envs)
 
     def _on_rollout_start(self) -> None:
         self._after_update()
         self.agent.begin_rollout()
+        self._ref_logprobs, self._scores = [], []
         self._marks[0] = time.perf_counter()
 
     def _on_step(self) -> bool:
@@ -72,12 +81,23 @@ class Report(BaseCallback):
             if "episode" in infos[i]:
                 self.episodes.append(infos[i] | {"logprob": float(self._logprob_sums[i])})
             self._logprob_sums[i] = 0
+        self._ref_logprobs.append([info.get("ref_logprob", np.nan) for info in infos])
+        self._scores.append([info.get("score", np.nan) for info in infos])
         self._bar.update(self.training_env.num_envs)
         return True
 
     def _on_rollout_end(self) -> None:
         self._rollout_ended = True
         self._marks[1] = time.perf_counter()
+        if self.audit.is_on and self.episodes:
+            batch = buffer_batch(
+                self.model.rollout_buffer,
+                np.array(self._ref_logprobs, np.float32),
+                np.array(self._scores, np.float32),
+                self.agent.envs.unwrapped.max_response_tokens,
+            )
+            self._audited = self.audit(batch, self.agent.num_updates, len(self.episodes))
+        self._marks[2] = time.perf_counter()
 
     def _on_training_end(self) -> None:
         self._after_update()
@@ -91,7 +111,8 @@ class Report(BaseCallback):
         if not self._rollout_ended:
             return
         self._rollout_ended = False
-        metrics = self._metrics()
+        metrics = self._metrics() | self._audited
+        self._audited = {}
         self._bar.set_postfix(
             score=f"{metrics['objective/scores']:.3f}", kl=f"{metrics['objective/kl']:.2f}", refresh=False
         )
@@ -114,7 +135,8 @@ class Report(BaseCallback):
             "time/fps": (self.num_timesteps - self._first) / max(now - self._start, 1e-9),
             "time/time_elapsed": now - self._start,
             "time/rollout": self._marks[1] - self._marks[0],
-            "time/update": now - self._marks[1],
+            "time/audit": self._marks[2] - self._marks[1],
+            "time/update": now - self._marks[2],
             "rollout/ep_rew_mean": mean(returns),
             "rollout/ep_len_mean": mean([e["episode"]["l"] for e in episodes]),
             "rollout/eos_rate": mean(ended_by_eos),
