@@ -283,18 +283,18 @@ class Audit:
         return metrics
 
     def _certificate(self, batch: Batch, found: Recomputed) -> dict[str, float]:
-        kl_coef, scored = getattr(self.envs.unwrapped, "kl_coef", 0.0), batch.scores.isfinite()
-        prompts = _prompt_groups(batch)[scored.cpu().numpy()]
+        kl_coef = getattr(self.envs.unwrapped, "kl_coef", 0.0)
+        scores, logprobs, ref_logprobs = (
+            (torch.where(batch.response_mask, x, 0.0).double().sum(1) if x.dim() > 1 else x).cpu().numpy()
+            for x in (batch.scores, batch.logprobs, self._ref_logprobs(batch, found))
+        )
+        use = np.isfinite(scores) & np.isfinite(logprobs - ref_logprobs)
+        prompts = _prompt_groups(batch)[use]
         if not kl_coef > 0 or np.bincount(prompts, minlength=1).max() < 2:
             return {}
         from rlhf_gym.exact import certificate  # only here: it brings models along
 
-        logprobs, ref_logprobs = (
-            torch.where(batch.response_mask, x, 0.0).double().sum(1)[scored].cpu().numpy()
-            for x in (batch.logprobs, self._ref_logprobs(batch, found))
-        )
-        scores = batch.scores[scored].cpu().numpy()
-        result = certificate(scores, logprobs, ref_logprobs, kl_coef=kl_coef, prompt_index=prompts)
+        result = certificate(scores[use], logprobs[use], ref_logprobs[use], kl_coef=kl_coef, prompt_index=prompts)
         return {
             "audit/certificate_variance": result.variance,
             "audit/certificate_low": float(result.low),

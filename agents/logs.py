@@ -1,7 +1,7 @@
 """What agents tell while they learn: the progress bar and the metrics that every algorithm has.
 
 Two families of names go out together: Stable-Baselines3's (``rollout/``, ``time/``, ``train/``) and TRL's
-    (``objective/``), so that either's plots work.
+(``objective/``), so that either's plots work. Every ``audit_interval``-th update has ``audit/`` too, see ``audit.py``.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The audit: exact numbers against hand counts and against `evaluate`, alarms for what is wrong and none for what is not."""
+"""The audit: exact numbers by hand and against `evaluate`, alarms for what is wrong and none for what is not."""
 
 from __future__ import annotations
 
@@ -18,7 +18,6 @@ from worlds import EOS, V, make_envs, model
 from rlhf_gym.agents import PPO, TRPO
 from rlhf_gym.agents.audit import Audit, AuditWarning, _beyond_noise, mean_and_variance, recompute
 from rlhf_gym.agents.batch import Batch
-from rlhf_gym.agents.sb3.audit import buffer_batch
 from rlhf_gym.exact import evaluate, ngram_from_table, solve
 from rlhf_gym.lm import TokenFilter
 from rlhf_gym.runs import MetricsWriter, read_metrics
@@ -38,17 +37,14 @@ def perturbed(agent, scale=0.5):
     return agent
 
 
-def batch_of(response_ids, *, mask=None, kl=None, logprobs=None, scores=None, prompt=(0,), allowed=None):
+def batch_of(response_ids, *, mask=None, kl=None, logprobs=None, prompt=(0,)):
     """A batch by hand; every row has the same prompt."""
     response_ids = torch.tensor(response_ids)
     mask = torch.ones_like(response_ids, dtype=torch.bool) if mask is None else torch.tensor(mask)
-    zeros = torch.zeros(response_ids.shape)
+    zeros, rows = torch.zeros(response_ids.shape), torch.zeros(len(response_ids))
     ids = torch.cat([torch.tensor(prompt).expand(len(response_ids), -1), response_ids * mask], 1)
-    return Batch(
-        ids, torch.full((len(ids),), len(prompt)), response_ids, mask, zeros if logprobs is None else logprobs, zeros,
-        zeros, torch.zeros(len(ids)) if scores is None else scores, torch.zeros(len(ids), dtype=torch.bool),
-        zeros if kl is None else kl, allowed,
-    )  # fmt: skip
+    logprobs, kl = (zeros if x is None else x for x in (logprobs, kl))
+    return Batch(ids, rows.long() + len(prompt), response_ids, mask, logprobs, zeros, zeros, rows, rows.bool(), kl)
 
 
 # ---- the numbers
@@ -86,8 +82,7 @@ def test_two_states_by_hand():
     told = recompute(replace(batch, allowed=allowed), policy.model, reference.model, TokenFilter())
     torch.testing.assert_close(told.kl, masked.kl)
     # At temperature 2 the square roots count.
-    p, q = np.sqrt([2, 1, 1]), np.sqrt([1, 1, 2])
-    p, q = p / p.sum(), q / q.sum()
+    p, q = (x / x.sum() for x in np.sqrt([[2, 1, 1], [1, 1, 2]]))
     warm = recompute(batch, policy.model, reference.model, TokenFilter(temperature=2.0))
     assert warm.kl[0, 0].item() == pytest.approx((p * np.log(p / q)).sum(), abs=1e-6)
 
@@ -148,11 +143,10 @@ def test_certificate():
     assert found["audit/certificate_variance"] == pytest.approx(np.var(batch.scores.numpy(), ddof=1), abs=1e-5)
     assert found["audit/certificate_low"] < 0.24 * 0.76 < found["audit/certificate_high"]
     assert found["audit/regret_estimate"] == pytest.approx(found["audit/certificate_variance"] / 0.2)
-    best = PPO(envs, policy=solve(envs, 0.1).policy, seed=0)
-    optimum = Audit(envs, best.policy_model)(best.collector.collect(seed=0).batch, 0)
+    agent = PPO(envs, policy=solve(envs, 0.1).policy, seed=0)
+    optimum = Audit(envs, agent.policy_model)(agent.collector.collect(seed=0).batch, 0)
     assert optimum["audit/certificate_variance"] < 1e-8 and optimum["audit/kl_exact"] > 1.4
-    free = task(kl_coef=0.0)
-    metrics = Audit(free, agent.policy_model)(batch, 0)
+    metrics = Audit(task(kl_coef=0.0), agent.policy_model)(batch, 0)
     assert "audit/kl_exact" in metrics and "audit/certificate_variance" not in metrics
 
 
@@ -173,7 +167,7 @@ def test_every_kth_update_and_into_the_csv(tmp_path):
     columns = read_metrics(tmp_path / "metrics.csv")
     audited = [i for i, value in enumerate(columns["audit/kl_exact"]) if value == value]
     assert agent.num_updates > 6 and audited == list(range(0, agent.num_updates, 3))
-    assert len(columns["objective/kl"]) == agent.num_updates and not np.isnan(columns["objective/kl"]).any()
+    assert not np.isnan(columns["objective/kl"]).any()
 
 
 def test_interval_zero_and_foreign_environments_look_at_nothing(monkeypatch):
@@ -254,9 +248,9 @@ def test_a_filter_in_the_sampling_only(start, monkeypatch):
     monkeypatch.setattr(module, "sample_tokens", filtered)
     policy = None if start == "at the reference" else model(seed=1)
     agent = PPO(make_envs(64, kl_coef=0.1), policy=policy, seed=0)
-    with pytest.warns(AuditWarning, match="not drawn from it: top-k.*sampling only") as caught:
+    with pytest.warns(AuditWarning, match="disagree beyond noise.*not drawn from it") as caught:
         seen = history(agent, 3)
-    assert len(caught) == 1 and "disagree beyond noise" in str(caught[0].message)
+    assert len(caught) == 1
     assert caught[0].filename == __file__  # where learn was called
     assert "audit/kl_exact" in seen[1]  # looked at again at once, not ten updates later
 
@@ -284,17 +278,16 @@ def test_a_mask_on_one_distribution_only():
 
 @pytest.mark.parametrize("what", ["weights", "shifted", "filtered"])
 def test_log_probs_that_are_not_the_policys(what):
-    """Learning in other weights than sampled; log-probs off by half a nat; those of a filter that nobody was told of."""
+    """Learning in other weights than sampled; log-probs half a nat too low; those of a filter that nobody told of."""
     agent = PPO(make_envs(16, kl_coef=0.1), seed=0)
     collect = agent.collector.collect
 
     def wrong(*args, **kwargs):
-        rollout = collect(*args, **kwargs)
+        rollout, moved = collect(*args, **kwargs), {"weights": 0.0, "shifted": -0.5, "filtered": 0.1}[what]
         if what == "weights":
             perturbed(agent, 0.02)
-        else:
-            moved = -0.5 if what == "shifted" else 0.1
-            rollout.batch = replace(rollout.batch, logprobs=rollout.batch.logprobs + moved, kl=rollout.batch.kl + moved)
+        batch = rollout.batch
+        rollout.batch = replace(batch, logprobs=batch.logprobs + moved, kl=batch.kl + moved)
         return rollout
 
     agent.collector.collect = wrong
@@ -368,45 +361,3 @@ def test_a_rare_response_is_no_negative_kl():
             negative += bool((kl < 0).all())
             audit(batch_of([[0]] * 8, kl=kl), 1)
     assert negative > 1500
-
-
-# ---- Stable-Baselines3
-
-
-def test_the_buffer_as_a_batch():
-    """One row, four steps: the end of an episode, a whole one of two tokens, and the beginning of another."""
-    ids = np.zeros((4, 1, 4), np.int64)
-    ids[:, 0] = [[1, 5, 6, 0], [1, 0, 0, 0], [1, 7, 0, 0], [2, 0, 0, 0]]
-    buffer = SimpleNamespace(
-        device="cpu",
-        episode_starts=np.array([[0], [1], [0], [1]], np.float32),
-        observations={"input_ids": ids, "attention_mask": (ids > 0).astype(np.int8)},
-        actions=np.array([[[9]], [[7]], [[9]], [[8]]], np.float32),
-        log_probs=np.array([[-1.0], [-2.0], [-3.0], [-4.0]], np.float32),
-    )
-    refs, scores = np.full((4, 1), -2.5, np.float32), np.array([[5.0], [np.nan], [6.0], [np.nan]], np.float32)
-    batch = buffer_batch(buffer, refs, scores, max_response_tokens=3)
-    assert batch.ids.tolist() == [[1, 5, 6, 9], [1, 7, 9, 0], [2, 8, 0, 0]]
-    assert batch.prompt_lengths.tolist() == [3, 1, 1]
-    assert batch.response_ids.tolist() == [[9, 0], [7, 9], [8, 0]]
-    assert batch.response_mask.tolist() == [[True, False], [True, True], [True, False]]
-    assert batch.kl.tolist() == [[1.5, 0], [0.5, -0.5], [-1.5, 0]]
-    assert batch.scores.isnan().tolist() == [True, False, True] and batch.scores[1] == 6
-    # One that began later might not have ended in time, had it gone on: its score would be chosen by its length.
-    assert buffer_batch(buffer, refs, scores, max_response_tokens=4).scores.isnan().all()
-    refs[1] = np.nan
-    assert buffer_batch(buffer, refs, scores, 3).ids.tolist() == [[1, 5, 6, 9], [2, 8, 0, 0]]
-
-
-@pytest.mark.parametrize("name", ["Brackets", "Difficulty"])
-def test_sb3_agents_are_audited_alike(name):
-    envs = task(name, 128)
-    agent = perturbed(TRPO(envs, policy="tabular", seed=0, audit_interval=1, target_kl=1e-9))
-    exact = evaluate(agent, envs).kl
-    seen = history(agent, 4)
-    for m in seen:
-        assert abs(m["audit/kl_sampled"] - m["audit/kl_exact"]) < 4 * m["audit/kl_difference_se"]
-        assert m["audit/logprob_mismatch"] < 1e-5 and m["audit/ref_logprob_mismatch"] < 1e-5
-        assert m["audit/certificate_variance"] > 0
-    # A ratio of sums over the rollout; in the first one nothing stands for the beginnings of what its end cuts off.
-    assert np.mean([m["audit/kl_exact"] for m in seen[1:]]) == pytest.approx(exact, rel=0.1)
