@@ -1,9 +1,10 @@
 """The picture of the known answers: mean score against KL, the best that is possible, best-of-N, and where agents end.
 
-    python -m rlhf_gym.benchmarks.frontier --results benchmarks/results/known_answers.jsonl --out docs/images/frontier.png
+    python -m rlhf_gym.benchmarks.frontier --results benchmarks/results/known_answers.jsonl \\
+        --out docs/images/frontier.png
     python -m rlhf_gym.benchmarks.frontier --goodhart docs/images/goodhart.png
 
-Curves are exact, and so are the agents' end points where ``exact`` is true in the results. Needs no training; 10 seconds.
+Curves are exact, and so are the agents' end points where ``exact`` is true in the results. 10 seconds on one core.
 """
 
 from __future__ import annotations
@@ -168,7 +169,8 @@ def draw_ends(axes: Axes, optima: Frontier, cells: Sequence[dict[str, Any]], lab
         axes.plot(*line, color=style["color"], linewidth=0.7, zorder=6)
     axes.plot(
         [cell["kl"] for cell in cells], [cell["reward"] for cell in cells], label=label, color=style["color"],
-        marker=style["marker"], markersize=style["markersize"], markeredgecolor="white", markeredgewidth=0.5, linestyle="none", zorder=7,
+        marker=style["marker"], markersize=style["markersize"], markeredgecolor="white", markeredgewidth=0.5,
+        linestyle="none", zorder=7,
     )  # fmt: skip
 
 

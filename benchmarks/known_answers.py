@@ -1,6 +1,6 @@
 """Agents on the tasks whose optimum is known: the normalised score of what they have learnt, with intervals over seeds.
 
-    python -m rlhf_gym.benchmarks.known_answers --agents ppo --policy tabular --num-seeds 5 --out benchmarks/results/known_answers.jsonl
+    python -m rlhf_gym.benchmarks.known_answers --agents ppo --policy tabular --out benchmarks/results/known_answers.jsonl
     python -m rlhf_gym.benchmarks.known_answers --table benchmarks/results/known_answers.jsonl
 
 One JSON line per finished cell (agent, policy, task, kl_coef, seed); a cell that is there is not run again, so the same
@@ -32,7 +32,8 @@ from .seeds import provenance
 
 # Task -> the two KL coefficients of the table: a sharp and a soft optimum (scores of Lexicon are ten times as large).
 TASKS = {
-    "WoAiNi": (0.1, 0.3), "Brackets": (0.1, 0.3), "Lexicon": (2.0, 1.0), "Recall": (0.1, 0.3), "Goodhart": (0.1, 0.3), "Difficulty": (0.1, 0.3),
+    "WoAiNi": (0.1, 0.3), "Brackets": (0.1, 0.3), "Lexicon": (2.0, 1.0),
+    "Recall": (0.1, 0.3), "Goodhart": (0.1, 0.3), "Difficulty": (0.1, 0.3),
 }  # fmt: skip
 COLUMNS = (".1 (Lexicon 2)", ".3 (Lexicon 1)")
 NUM_ENVS = 128
@@ -129,8 +130,8 @@ def run_cell(
     by_prompt = (found.objectives - references) / (solution.objectives - references)
     prompts = [prompt.text for prompt in envs.unwrapped.process.prompts]
     return {
-        "normalised": found.normalised, "objective": found.objective, "optimum": solution.objective, "reward": found.reward, "kl": found.kl,
-        "regret": found.regret, "exact": found.exact, "standard_error": found.standard_error,
+        "normalised": found.normalised, "objective": found.objective, "optimum": solution.objective,
+        "reward": found.reward, "kl": found.kl, "regret": found.regret, "exact": found.exact, "standard_error": found.standard_error,
         "normalised_by_prompt": dict(zip(prompts, by_prompt.tolist(), strict=True)) if len(prompts) > 1 else None,
         "tokens": learner.num_timesteps, "seconds": seconds,
     }  # fmt: skip
