@@ -223,7 +223,7 @@ AutoModelForCausalLM.register(ResidualConfig, ResidualForCausalLM, exist_ok=True
 
 
 def residual_policy(
-    envs: Any, kind: str = "transformer", *, width: int = 64, num_layers: int = 2, seed: int = 0
+    envs: Any, kind: str = "transformer", *, width: int = 64, num_layers: int = 1, seed: int = 0
 ) -> ResidualForCausalLM:
     """A small network for an environment, equal to its reference as long as it is untrained.
 
