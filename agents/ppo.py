@@ -6,8 +6,9 @@
     4. num_epochs passes over minibatches of responses with the clipped surrogate (Schulman et al. 2017, eq. 7) and a
     squared-error critic.
 
-Objective: it maximises E[score] - kl_coef * KL(pi || pi_ref) over whole responses, without bias: the KL stands in the
-reward, so a token's advantage counts the KL of all that it leads to (KL placed in the loss does not).
+Objective: it maximises E[score] - kl_coef * KL(pi || pi_ref) over whole responses: the KL stands in the reward, so a
+token's advantage counts the KL of all that it leads to (KL placed in the loss does not). No bias but the critic's own, at
+gae_lambda < 1.
 
 How it differs from Ziegler et al. 2019 and TRL's ``PPOTrainer``: the advantage scale has the scores' spread as its
 floor (with its own spread alone, the noise left near the optimum would be blown up to the size of the signal); the
