@@ -440,3 +440,26 @@ def test_metrics_that_do_not_apply_are_nan_and_reach_the_evaluation():
     assert 0 < sum(n < 2 for n in words) < 20
     np.testing.assert_array_equal(found.others["metric/long"], [np.nan if n < 2 else n for n in words])
     assert found.summary()["metric/long"]["mean"] >= 2
+
+
+def test_dense_rewards_that_go_by_tokens_decode_no_text_until_the_end():
+    """One that reads texts is given those so far; a text is decoded when it is read."""
+    read = []
+
+    def by_text(completions):
+        read.append(list(completions))
+        return [[0.0] * width for width in widths]
+
+    def by_tokens(completion_ids):
+        return [[0.0] * len(ids) for ids in completion_ids]
+
+    for reward, num_decoded in ((by_text, 2), (by_tokens, 0)):
+        reward.dense = True
+        process = make_envs(2, reward=reward, max_response_tokens=LENGTH).unwrapped.process
+        process.begin([0, 1], [process.next_prompt(row) for row in (0, 1)])
+        decoded, decode = [], process.scorer.decode
+        process.scorer.decode = lambda ids, decoded=decoded, decode=decode: decoded.append(ids) or decode(ids)
+        widths = [1, 1]
+        process.step(torch.tensor([4, 5]))
+        assert len(decoded) == num_decoded
+    assert read == [[tokenizer().decode([4]), tokenizer().decode([5])]]

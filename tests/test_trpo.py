@@ -10,12 +10,15 @@ import pytest
 import sb3_contrib
 import torch
 from gymnasium import spaces
+from stable_baselines3.common.distributions import CategoricalDistribution
 from stable_baselines3.common.logger import Logger
 from stable_baselines3.common.vec_env import DummyVecEnv
 from transformers import GPT2Config, GPT2LMHeadModel, GPTNeoXConfig, GPTNeoXForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from rlhf_gym.agents.sb3 import LMActorCriticPolicy
-from rlhf_gym.agents.trpo import MicroBatchTRPO, hessian_vector_product, line_search
+from rlhf_gym.agents.trpo import TRPO, MicroBatchTRPO
+from rlhf_gym.agents.trust_region import hessian_vector_product, line_search, mean_kl, natural_direction
+from rlhf_gym.exact import evaluate
 from rlhf_gym.lm import LSTMConfig, LSTMForCausalLM
 
 V, L = 11, 8
@@ -177,14 +180,117 @@ def test_fisher_vector_product_is_the_hessian_of_the_kl():
     torch.testing.assert_close(hessian, closed_form)
     halves = [lambda i=i: _one_state(features[i], old[i], theta) / 2 for i in range(2)]
     for losses in ([lambda: kl(theta)], halves):
-        product = hessian_vector_product(losses, [theta], damping=0.1)
+        product = hessian_vector_product(losses, [theta])
         columns = torch.stack([product(unit) for unit in torch.eye(3, dtype=torch.float64)])
-        torch.testing.assert_close(columns, closed_form + 0.1 * torch.eye(3, dtype=torch.float64))
+        torch.testing.assert_close(columns, closed_form)
 
 
 def _one_state(features, old, theta):
     new = torch.log_softmax(features @ theta, -1)
     return (new.exp() * (new - old)).sum()
+
+
+def test_kl_of_a_policy_to_itself_is_zero_with_its_gradient_and_has_the_fisher_matrix_as_hessian():
+    """A softmax of three logits, one token of a fourth forbidden; away from the old policy none of the three holds."""
+
+    def policy(theta):
+        return CategoricalDistribution(4).proba_distribution(torch.cat([theta, torch.tensor([-1e9])])[None])
+
+    start = torch.tensor([1.0, -0.5, 0.2])
+    p = torch.softmax(start, 0)
+    expected = torch.diag(p) - torch.outer(p, p)
+    for theta, same in ((start.clone(), True), (start + torch.tensor([0.5, 0.0, -0.5]), False)):
+        theta.requires_grad_()
+
+        def kl(theta=theta):
+            return mean_kl(policy(theta), policy(start))
+
+        product = hessian_vector_product([kl], [theta])
+        hessian = torch.stack([product(unit) for unit in torch.eye(3)])
+        assert (abs(kl().item()) < 1e-7) == same
+        assert (torch.autograd.grad(kl(), theta)[0].abs().max().item() < 1e-7) == same
+        assert torch.allclose(hessian, expected, atol=1e-6) == same
+
+
+def test_natural_direction_solves_the_damped_system():
+    """Three parameters: conjugate gradients are exact after three steps. Other units, the same change of the policy."""
+    fisher = torch.tensor([[0.2, 0.05, 0.0], [0.05, 0.1, 0.02], [0.0, 0.02, 0.4]], dtype=torch.float64)
+    gradient = torch.tensor([1.0, -2.0, 0.5], dtype=torch.float64)
+    rayleigh = float(gradient @ fisher @ gradient) / 5.25
+    for relative, expected in ((False, 0.1), (True, 0.1 * rayleigh)):
+        direction, curvature, damping = natural_direction(
+            lambda v: fisher @ v, gradient, damping=0.1, relative=relative, max_iter=3
+        )
+        matrix = fisher + expected * torch.eye(3, dtype=torch.float64)
+        assert damping == pytest.approx(expected)
+        torch.testing.assert_close(direction, torch.linalg.solve(matrix, gradient))
+        assert curvature == pytest.approx(float(direction @ matrix @ direction))
+        # Parameters a tenth as large: g is ten times and F a hundred times what it was.
+        scaled = natural_direction(
+            lambda v: 100 * fisher @ v, 10 * gradient, damping=0.1, relative=relative, max_iter=3
+        )[0]
+        assert torch.allclose(10 * scaled, direction) == relative
+
+
+def test_relative_damping_is_in_units_of_the_curvature_along_the_gradient():
+    """g and F of a table in closed form: g_sa = mean (1[a] - p_a) A over visits, F_s = d_s (diag p - p p^T)."""
+    envs = gym.make_vec("rlhf_gym/Brackets-v0", num_envs=16, kl_coef=0.1)
+    agent = TRPO(envs, policy="tabular", fisher_sub_sampling_factor=1, cg_damping=0.3, relative_damping=True)
+    seen, update = [], agent.algorithm._update_actor
+
+    def spied():
+        data, _ = agent.algorithm._rollout()
+        with torch.no_grad():
+            seen.append((data, agent.algorithm.policy.get_distribution(data.observations).distribution.probs))
+        return update()
+
+    agent.algorithm._update_actor = spied
+    logged = []
+    agent.learn(1, callback=lambda agent, metrics: logged.append(metrics["train/cg_damping"]))
+    data, probs = seen[0]
+    lengths = data.observations["attention_mask"].sum(1)
+    advantages = (data.advantages - data.advantages.mean()) / data.advantages.std()
+    actions = torch.nn.functional.one_hot(data.actions.long().flatten(), probs.shape[1])
+    texts, state = torch.unique(
+        torch.cat([lengths[:, None].long(), data.observations["input_ids"]], 1), dim=0, return_inverse=True
+    )
+    # Several texts share a row of the table; the model's own reading says which.
+    model = agent.policy_model
+    row = torch.tensor([model.state_after(text[1 : 1 + text[0]].long()) for text in texts])[state]
+    numerator = denominator = 0.0
+    for one in row.unique():
+        here = row == one
+        p = probs[here][0].double()
+        gradient = ((actions[here] - p) * advantages[here, None]).sum(0) / len(row)
+        fisher = here.double().mean() * (torch.diag(p) - torch.outer(p, p))
+        numerator += float(gradient @ fisher @ gradient)
+        denominator += float(gradient @ gradient)
+    assert 0 < numerator / denominator < 0.2  # far below what is usual for a network: an absolute .1 would swamp it
+    assert logged == [pytest.approx(0.3 * numerator / denominator, rel=1e-3)]
+
+
+def test_policy_without_a_doubt_takes_no_step_into_nan():
+    """All probabilities 0 or 1: no curvature and no gradient."""
+    envs = gym.make_vec("rlhf_gym/Recall-v0", num_envs=8, kl_coef=0.0)
+    agent = TRPO(envs, policy="tabular", n_critic_updates=1, relative_damping=True)
+    agent.policy_model.lm_head.residual.data[:, 0] = 1e4
+    agent.learn(8 * 24 * 3)
+    assert agent.num_updates == 3 and torch.isfinite(agent.policy_model.lm_head.residual).all()
+
+
+def test_tabular_policy_comes_near_the_optimum():
+    envs = gym.make_vec("rlhf_gym/WoAiNi-v0", num_envs=128, kl_coef=0.3)
+    agent = TRPO(envs, policy="tabular", relative_damping=True, cg_damping=0.1, target_kl=0.01).learn(128 * 8 * 20)
+    assert evaluate(agent, envs, 0.3).normalised > 0.9
+
+
+def test_prepared_states_give_the_same_numbers():
+    agent = algorithm(MicroBatchTRPO)
+    agent.learn(128)
+    data, _ = agent._rollout()
+    policy = agent.policy
+    for method in (lambda s: policy.get_distribution(s).distribution.logits, policy.predict_values):
+        assert torch.equal(method(policy.prepare(data.observations)), method(data.observations))
 
 
 def test_failed_line_search_restores_the_parameters():

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from gymnasium import spaces
@@ -18,6 +18,15 @@ from rlhf_gym.lm.forward import forward_at
 # Logit of a forbidden token where gradients flow: exp() of it is exactly 0, and unlike -inf it gives no NaN when two
 # distributions are subtracted (-inf - -inf) or differentiated twice.
 _FORBIDDEN = -1e9
+
+
+class PreparedStates(NamedTuple):
+    """n states as `LMActorCriticPolicy.prepare` gives them, for several passes over the same ones: see
+    `share_prefixes`."""
+
+    ids: Tensor
+    rows: Tensor
+    columns: Tensor
 
 
 class LMActorCriticPolicy(ActorCriticPolicy):
@@ -150,13 +159,17 @@ class LMActorCriticPolicy(ActorCriticPolicy):
 
     # ---- the update: differentiable
 
+    def prepare(self, obs: dict[str, Tensor]) -> PreparedStates:
+        """Finds out once which of n states share a sequence; the methods below take the result instead of ``obs``."""
+        return PreparedStates(*share_prefixes(*_sequences(obs)))
+
     def evaluate_actions(self, obs: dict[str, Tensor], actions: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Values (n, 1), log-probs (n,) and entropies (n,) of n states with their actions."""
         logits, hidden = self._last(self.lm, obs)
         distribution = self._distribution(logits)
         return self._values(obs, hidden), distribution.log_prob(actions), distribution.entropy()
 
-    def get_distribution(self, obs: dict[str, Tensor]) -> Distribution:
+    def get_distribution(self, obs: dict[str, Tensor] | PreparedStates) -> Distribution:
         """The distribution of the next token in n states."""
         return self._distribution(self._last(self.lm, obs)[0])
 
@@ -185,9 +198,9 @@ class LMActorCriticPolicy(ActorCriticPolicy):
         mask = self.token_filter.mask(logits)
         return self.action_dist.proba_distribution(logits if mask is None else logits.masked_fill(~mask, _FORBIDDEN))
 
-    def _last(self, model: PreTrainedModel, obs: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+    def _last(self, model: PreTrainedModel, obs: dict[str, Tensor] | PreparedStates) -> tuple[Tensor, Tensor]:
         """Logits (n, V) and hidden states (n, d) at the last real token of n states, each sequence run once."""
-        ids, rows, columns = share_prefixes(*_sequences(obs))
+        ids, rows, columns = obs if isinstance(obs, PreparedStates) else self.prepare(obs)
         logits, hidden, _ = forward_at(model, ids, rows[None], columns[None], use_cache=False)
         return logits[0], hidden[0, :, : self.value_width]
 

@@ -124,8 +124,8 @@ class GymVectorToSB3(VecEnv):
                 obs, lost = self._reset_rows(dones, obs)
                 terminal |= lost
                 truncations[list(lost)] = True
-        for i in range(self.num_envs):
-            infos[i]["TimeLimit.truncated"] = bool(truncations[i] and not terminations[i])
+        for each, truncated in zip(infos, (truncations & ~terminations).tolist(), strict=True):
+            each["TimeLimit.truncated"] = truncated
         for i, last in terminal.items():
             infos[i]["terminal_observation"] = last
             infos[i]["episode"] = {
@@ -234,7 +234,7 @@ class GymVectorToSB3(VecEnv):
         """
         obs, info = self.envs.reset(options={"reset_mask": rows.copy()})
         obs = self._arrays(obs)
-        moved = [i for i in np.flatnonzero(~rows).tolist() if not _same_row(obs, before, i)]
+        moved = np.flatnonzero(_changed_rows(obs, before) & ~rows).tolist()
         if moved:
             name = type(self.envs.unwrapped).__name__
             if self._mode is AutoresetMode.DISABLED:
@@ -271,10 +271,11 @@ def _copy_row(batch: Any, row: int) -> Any:
     return {key: np.array(value) for key, value in one.items()} if isinstance(one, dict) else np.array(one)
 
 
-def _same_row(one: Any, other: Any, row: int) -> bool:
+def _changed_rows(one: Any, other: Any) -> np.ndarray:
+    """Which rows differ between two batches of observations. Shape (N,), bool."""
     if isinstance(one, dict):
-        return all(_same_row(one[key], other[key], row) for key in one)
-    return np.array_equal(one[row], other[row])
+        return np.logical_or.reduce([_changed_rows(one[key], other[key]) for key in one])
+    return (one != other).reshape(len(one), -1).any(1)
 
 
 def _split_infos(info: dict[str, Any], num_envs: int) -> list[dict[str, Any]]:
@@ -284,10 +285,15 @@ def _split_infos(info: dict[str, Any], num_envs: int) -> list[dict[str, Any]]:
         if key == "final_obs" or (key.startswith("_") and key[1:] in info):
             continue
         mask = info.get(f"_{key}")
-        rows = range(num_envs) if mask is None else np.flatnonzero(_to_numpy(mask))
+        rows = range(num_envs) if mask is None else np.flatnonzero(_to_numpy(mask)).tolist()
         if isinstance(value, dict):
             value = _split_infos(value, num_envs)
         value = _to_numpy(value)
+        if isinstance(value, np.ndarray) and value.ndim == 1 and value.dtype != object:
+            value = value.tolist()
+            for i in rows:
+                infos[i][key] = value[i]
+            continue
         for i in rows:
             one = value[i]
             infos[i][key] = (

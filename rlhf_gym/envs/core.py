@@ -482,19 +482,27 @@ class TextGenerationProcess:
         fall due."""
         paid, scored = torch.zeros(self.num_rows, device=self.device), None
         if self.reward.dense:
-            going = [row for row in active.nonzero().flatten().tolist() if row not in set(ended_rows)]
+            ending = set(ended_rows)
+            going = [row for row in active.nonzero().flatten().tolist() if row not in ending]
             if going:
-                responses = [[*self.response_ids(row), int(actions[row])] for row in going]
+                responses = self._responses_with(actions, going)
                 dense = self.scorer.token_rewards([self.row_prompts[row] for row in going], responses)
                 paid[going] = torch.tensor([float(tokens[-1]) for tokens in dense], device=self.device)
         if ended_rows:
-            responses = [[*self.response_ids(row), int(actions[row])] for row in ended_rows]
+            responses = self._responses_with(actions, ended_rows)
             scored = self.scorer.score(
                 [self.row_prompts[row] for row in ended_rows], responses, by_eos[ended_rows].cpu().numpy()
             )
             # The last step pays what is left, so that rewards sum to the score whatever was paid before.
             paid[ended_rows] = torch.from_numpy(scored.totals).to(paid) - self.reward_sums[ended_rows]
         return paid, scored
+
+    def _responses_with(self, actions: Tensor, rows: list[int]) -> list[list[int]]:
+        """Responses of some rows as they will be after these actions."""
+        # One copy to the host each, not one per row.
+        tensors = (self.ids, self.prompt_lengths, self.lengths, actions)
+        each = zip(*(tensor[rows].tolist() for tensor in tensors), strict=True)
+        return [[*ids[start:end], action] for ids, start, end, action in each]
 
     # ---- copies
 

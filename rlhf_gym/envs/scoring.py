@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -74,15 +74,17 @@ class Scorer:
         for reward in (self.reward, *self.metrics.values()):
             reward.check_columns(names)
 
-    def inputs(self, prompts: Sequence[Prompt], responses: Sequence[list[int]]) -> RewardInputs:
-        """What a reward is given: B prompts with their columns and B responses as ids and text."""
+    def inputs(
+        self, prompts: Sequence[Prompt], responses: Sequence[list[int]], texts: Sequence[str] | None = None
+    ) -> RewardInputs:
+        """What a reward is given: B prompts with their columns and B responses as ids and text (None: decoded now)."""
         names: dict[str, None] = {}  # a dict as an ordered set: columns keep the order of the data
         for prompt in prompts:
             names.update(dict.fromkeys(prompt.columns))
         columns: dict[str, list[Any]] = {name: [p.columns.get(name) for p in prompts] for name in names}
         return RewardInputs(
             prompts=[p.text for p in prompts],
-            completions=[self.decode(r) for r in responses],
+            completions=[self.decode(r) for r in responses] if texts is None else texts,
             prompt_ids=[p.ids.tolist() for p in prompts],
             completion_ids=[list(r) for r in responses],
             columns=columns,
@@ -108,7 +110,7 @@ class Scorer:
         if self.missing_eos_penalty:
             terms[MISSING_EOS] = np.where(ended_by_eos, 0.0, -self.missing_eos_penalty)
             totals += terms[MISSING_EOS]
-        return ScoredResponses(totals, terms, inputs.completions, metrics)
+        return ScoredResponses(totals, terms, list(inputs.completions), metrics)
 
     def memory(self) -> list[dict[str, float]]:
         """A copy of what scoring changes in the rewards (running moments), for `restore_memory`."""
@@ -124,7 +126,25 @@ class Scorer:
 
     def token_rewards(self, prompts: Sequence[Prompt], responses: Sequence[list[int]]) -> list[np.ndarray]:
         """What the dense terms pay for each token of each (perhaps unfinished) response."""
-        return self.reward.token_rewards(self.inputs(prompts, responses))
+        return self.reward.token_rewards(self.inputs(prompts, responses, _Texts(self.decode, responses)))
+
+
+class _Texts(Sequence[str]):
+    """The texts of B responses, each decoded when it is read.
+
+    Dense rewards are asked at every step, and those that go by tokens alone need no text.
+    """
+
+    def __init__(self, decode: Callable[[list[int]], str], responses: Sequence[list[int]]):
+        self._decode, self._responses = decode, responses
+
+    def __len__(self) -> int:
+        return len(self._responses)
+
+    def __getitem__(self, row: Any) -> Any:
+        if isinstance(row, slice):
+            return [self._decode(ids) for ids in self._responses[row]]
+        return self._decode(self._responses[row])
 
 
 def _applied(scores: Scores) -> np.ndarray:

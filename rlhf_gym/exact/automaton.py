@@ -7,6 +7,7 @@ rewards like any other: ``reward=Automaton(...)``, or terms of a weighted dict.
 from __future__ import annotations
 
 import copy
+import itertools
 import math
 from collections.abc import Callable, Hashable
 from typing import TYPE_CHECKING, Any
@@ -73,14 +74,14 @@ class Automaton(Reward):
         """Token rewards (B, L), last states (B,) and whether EOS ended the responses (B,)."""
         table = self._bound()
         lengths = np.array([len(ids) for ids in inputs.completion_ids], dtype=int)
-        paid = np.zeros((len(lengths), lengths.max(initial=0)))
-        states, ended = np.zeros(len(lengths), dtype=int), np.zeros(len(lengths), dtype=bool)
-        for t in range(paid.shape[1]):
-            going = np.flatnonzero(lengths > t)
-            tokens = np.array([inputs.completion_ids[row][t] for row in going])
-            paid[going, t], states[going] = table.look_up(states[going], tokens)
-            ended[going] |= table.is_eos[tokens]
-        return paid, states, ended
+        real = np.arange(lengths.max(initial=0)) < lengths[:, None]
+        tokens = np.zeros(real.shape, dtype=int)
+        tokens[real] = list(itertools.chain.from_iterable(inputs.completion_ids))
+        paid, states = np.zeros(real.shape), np.zeros(len(lengths), dtype=int)
+        for t in range(real.shape[1]):
+            going = np.flatnonzero(real[:, t])
+            paid[going, t], states[going] = table.look_up(states[going], tokens[going, t])
+        return paid, states, np.any(table.is_eos[tokens] & real, axis=1)
 
     def _bound(self) -> TransitionTable:
         if self.table is None:

@@ -42,7 +42,7 @@ class RewardInputs:
     """
 
     prompts: list[str]
-    completions: list[str]
+    completions: Sequence[str]
     prompt_ids: list[list[int]]
     completion_ids: list[list[int]]
     columns: dict[str, list[Any]] = field(default_factory=dict)
