@@ -36,7 +36,6 @@ TASKS = {
     "Recall": (0.1, 0.3), "Goodhart": (0.1, 0.3), "Difficulty": (0.1, 0.3),
 }  # fmt: skip
 COLUMNS = (".1 (Lexicon 2)", ".3 (Lexicon 1)")
-NUM_ENVS = 128
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -49,6 +48,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--tasks", nargs="+", default=list(TASKS), choices=list(TASKS))
     parser.add_argument("--num-seeds", type=int, default=5)
     parser.add_argument("--episodes", type=int, default=51_200)
+    parser.add_argument("--num-envs", type=int, default=256, help="rows of the environment")
     parser.add_argument("--config", nargs="*", default=[], metavar="NAME=VALUE", help="settings of the agents, in JSON")
     parser.add_argument("--jobs", type=int, default=1, help="processes side by side, one thread each")
     where = parser.add_mutually_exclusive_group(required=True)
@@ -70,7 +70,7 @@ def main(argv: list[str] | None = None) -> int:
 
     keys = [
         {"agent": agent, "policy": options.policy, "task": task, "kl_coef": kl_coef, "seed": seed,
-         "episodes": options.episodes, "config": config}
+         "episodes": options.episodes, "num_envs": options.num_envs, "config": config}
         for agent in options.agents for task in options.tasks for kl_coef in TASKS[task]
         for seed in range(options.num_seeds)
     ]  # fmt: skip
@@ -110,10 +110,10 @@ def progress_line(measured: Sequence[dict[str, Any]], total: int, seconds: float
 
 
 def run_cell(
-    agent: str, policy: str, task: str, kl_coef: float, seed: int, episodes: int, config: dict[str, Any]
+    agent: str, policy: str, task: str, kl_coef: float, seed: int, episodes: int, num_envs: int, config: dict[str, Any]
 ) -> dict[str, Any]:
     """Train once and measure exactly; returns the numbers."""
-    envs = gym.make_vec(f"rlhf_gym/{task}-v0", num_envs=NUM_ENVS, kl_coef=kl_coef)
+    envs = gym.make_vec(f"rlhf_gym/{task}-v0", num_envs=num_envs, kl_coef=kl_coef)
     solution = rlhf_gym.exact.solve(envs, kl_coef)
     # The budget is in episodes, an agent's in tokens: the optimal policy's mean length says how many that will be.
     total = int(episodes * mean_length(solution.policy, envs))
@@ -122,7 +122,7 @@ def run_cell(
     # The intervals over seeds are to speak of a network's initial weights too.
     model = policy if policy == "tabular" else residual_policy(envs, policy, seed=seed)
     learner = getattr(importlib.import_module(module), name)(envs, policy=model, seed=seed, **config)
-    per_update = NUM_ENVS * getattr(learner.config, "num_rounds", 1)
+    per_update = num_envs * getattr(learner.config, "num_rounds", 1)
     learner.learn(total, callback=lambda who, _: who.num_updates * per_update < episodes)
     seconds = time.perf_counter() - start
     found = rlhf_gym.exact.evaluate(learner, envs, kl_coef)
@@ -181,6 +181,7 @@ def runs_of(cells: Sequence[dict[str, Any]]) -> list[tuple[str, list[dict[str, A
     for cell in cells:
         settings = "".join(f", {name}={value}" for name, value in sorted(cell["config"].items()))
         label = f"{cell['agent'].upper()}, {cell['policy']}{settings}, {cell['episodes']:,} episodes"
+        label += f" in {cell['num_envs']} rows" if "num_envs" in cell else ""
         groups.setdefault(label, []).append(cell)
     return list(groups.items())
 

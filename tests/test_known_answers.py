@@ -50,7 +50,7 @@ def test_a_broken_line_in_the_middle_is_an_error(tmp_path, line):
 
 def test_another_process_gives_the_same_cell():
     key = {"agent": "ppo", "policy": "tabular", "task": "WoAiNi", "kl_coef": 0.3, "seed": 1, "episodes": 128,
-           "config": {}}  # fmt: skip
+           "num_envs": 128, "config": {}}  # fmt: skip
     (_, here), (_, there) = (next(run_cells(known_answers.run_cell, [key], jobs)) for jobs in (1, 2))
     assert there | {"seconds": 0} == here | {"seconds": 0}
 
@@ -124,7 +124,7 @@ def test_wrong_arguments(arguments, message, capsys):
 
 def test_a_cell_by_its_identities():
     """J = E[r] - beta KL, regret, F8, and the closed form of a binary task for each prompt."""
-    found = known_answers.run_cell("ppo", "tabular", "Difficulty", 0.3, 0, 256, {"learning_rate": 0.02})
+    found = known_answers.run_cell("ppo", "tabular", "Difficulty", 0.3, 0, 256, 128, {"learning_rate": 0.02})
     rates = np.array([0.9, 0.5, 0.1, 0.01])
     optima = 0.3 * np.log1p(rates * np.expm1(1 / 0.3))
     assert found["optimum"] == pytest.approx(optima.mean(), abs=1e-6)
