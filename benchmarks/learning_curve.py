@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 
 NUM_ENVS = 128
 
+
 def measure(
     task: str, *, kl_coef: float, total_timesteps: int, learning_rate: float, every: int = 4, num_samples: int = 256
 ) -> dict[str, np.ndarray]:
