@@ -207,6 +207,30 @@ def test_best_of_n_bound():
         assert best_of_n_of(np.arange(3.0), np.array([0.2, 0.5, 0.3]), n)[1] < bound
 
 
+def test_best_of_one_is_the_reference():
+    """Its KL is 0, and rounding never makes one negative; the plain sum of q log(q / p) it does."""
+    rng, plain = np.random.default_rng(0), []
+    for _ in range(300):
+        probs = rng.dirichlet(np.ones(5))
+        reward, kl = best_of_n_of(np.arange(5.0), probs, 1)
+        assert reward == pytest.approx(probs @ np.arange(5)) and 0 <= kl < 1e-15
+        above = np.append(np.cumsum(probs[::-1])[::-1], 0.0)
+        best = -np.diff(np.minimum(above, 1.0))
+        plain.append((best * np.log(best / probs)).sum())
+    assert min(plain) < 0
+    for task in ("Lexicon", "Recall", "Difficulty"):
+        assert 0 <= best_of_n(gym.make(f"rlhf_gym/{task}-v0"), [1]).kl[0] < 1e-15
+
+
+def test_best_of_n_by_hand():
+    """F = .2, .7, 1, so the best of three is the lowest in .008 of all cases, the middle in .335, the highest in .657;
+    of a million it is the highest in all of them, to more digits than there are."""
+    scores, probs = np.array([-1.0, 0.0, 2.0]), np.array([0.2, 0.5, 0.3])
+    kl = 0.008 * np.log(0.008 / 0.2) + 0.335 * np.log(0.335 / 0.5) + 0.657 * np.log(0.657 / 0.3)
+    assert best_of_n_of(scores, probs, 3) == pytest.approx((2 * 0.657 - 0.008, kl), abs=1e-15)
+    assert best_of_n_of(scores, probs, 10**6) == pytest.approx((2.0, -np.log(0.3)), abs=1e-15)
+
+
 def test_score_distribution_sums_dense_rewards():
     world = random_world(next(s for s in range(50) if random_world(s).env.reward.dense))
     graph = task_graph(world.env)

@@ -75,7 +75,10 @@ def best_of_n_of(scores: np.ndarray, probs: np.ndarray, n: int) -> tuple[float, 
     powers = np.expm1(n * np.log1p(-np.minimum(above, 1.0), where=above < 1, out=np.full(len(above), -np.inf)))
     best = np.diff(powers)  # F_l^n - F_{l-1}^n
     real = best > 0
-    return float((best * scores).sum()), float((best[real] * np.log(best[real] / probs[real])).sum())
+    log_ratio = np.log(probs[real] / best[real])
+    # k3 of each score: as both sum to 1 it comes to the KL, and no term is negative, whatever was rounded.
+    kl = (best[real] * (np.expm1(log_ratio) - log_ratio)).sum() + probs[~real].sum()
+    return float((best * scores).sum()), float(kl)
 
 
 def score_distribution(graph: Graph, root: int) -> tuple[np.ndarray, np.ndarray]:
