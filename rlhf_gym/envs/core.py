@@ -70,7 +70,9 @@ class TextGenerationProcess:
             Q-learning). For anyone else it is a different one: with a constant score and pi_ref = (.6, .4) the first is
             best at pi_ref itself (penalty 0), the second at always choosing the first token.
         kl_estimator: "k1" (log pi - log pi_ref) or "k3" (ratio - 1 - log ratio, never negative). An announcement of all
-            V log-probs uses the exact sum.
+            V log-probs uses the exact sum. Only with k1 has this reward the gradient of the objective; k3 and the exact
+            sum estimate the size of the KL, for the log, and as a reward alone they optimise something else
+            (``python -m rlhf_gym.benchmarks.estimators``).
         temperature: Divides the logits of both distributions, > 0.
         top_k, top_p: Restrict actions to the likeliest tokens *of the reference*; both distributions are renormalised
             on them.
@@ -237,7 +239,8 @@ class TextGenerationProcess:
         return self.kl_coef > 0 and self.kl_term == "both"
 
     def announce_logprobs(self, logprobs: Any) -> None:
-        """Tell the process log pi of the next actions. Shape (N,) in nats, or (N, V) for the exact KL of each state.
+        """Tell the process log pi of the next actions. Shape (N,) in nats, or (N, V) for the exact KL of each state
+        (see ``kl_estimator`` for what that is good for).
 
         Raises:
             ValueError: If the shape is neither.
