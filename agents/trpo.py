@@ -1,7 +1,12 @@
 """Trust Region Policy Optimisation for language models.
 
 Maximise the surrogate objective E[A ratio] under E[KL(new || old)] <= target_kl: a conjugate-gradient step along the
-natural gradient F^-1 g, as long as the trust region allows; then a line search on the true objective and KL.
+natural gradient F^-1 g, as long as the trust region allows; then a line search on the true surrogate and KL.
+
+Objective: E[score] - kl_coef * KL(pi || pi_ref) over whole responses, with the defaults: the KL (k1) stands in the
+reward as announced, and gamma is 1. ``target_kl`` bounds the step from the old policy and is no part of the objective.
+The critic is only a baseline (gae_lambda 1), except where the end of a rollout cuts a response off: there its value
+stands for the rest.
 
 Source:
     Schulman et al. 2015, arXiv:1502.05477; the numbers are those of ``sb3_contrib.TRPO``, which cannot be used with a
