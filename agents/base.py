@@ -28,6 +28,7 @@ from rlhf_gym.lm.load import vocab_size
 
 from .audit import Audit
 from .batch import Rollout
+from .config import make_config
 from .logs import Progress, rollout_metrics
 from .policy import Policy
 from .precision import MasterWeights
@@ -58,9 +59,11 @@ class Agent:
     """
 
     config_class: ClassVar[type]
+    needs_baselines: ClassVar[bool] = False
+    """Whether rollouts bring the summed reward of the likeliest response to each prompt."""
 
     def __init__(self, envs: VectorEnv, policy: Any = None, seed: int = 0, *, audit_interval: int = 10, **config: Any):
-        self.config = _make_config(self.config_class, config)
+        self.config = make_config(self.config_class, config)
         self.envs, self.seed, self.audit_interval = envs, seed, audit_interval
         if not isinstance(envs, VectorEnv):
             raise ValueError(f"envs must be a vector environment, got {type(envs).__name__}; use gym.make_vec")
@@ -74,11 +77,19 @@ class Agent:
             raise ValueError(f"policy must have the environment's vocabulary of {num_actions} tokens, got {num_tokens}")
         cfg = self.config
         dtype = compute_dtype(cfg.dtype, next(model.parameters()).device)
-        self.policy = Policy(model.float(), critic=cfg.critic, token_filter=token_filter_of(envs))
+        critic = getattr(cfg, "critic", "none")
+        self.policy = Policy(model.float(), critic=critic, token_filter=token_filter_of(envs))
         self.optimizer = MasterWeights(self.policy.parameters(), self.make_optimizer, compute_dtype=dtype)
         self.generator = torch.Generator().manual_seed(seed)
         self._predict_generator = torch.Generator().manual_seed(seed)
-        self.collector = Collector(envs, self.policy, self.generator, cfg.num_rounds)
+        self.collector = Collector(
+            envs,
+            self.policy,
+            self.generator,
+            cfg.num_rounds,
+            group_size=getattr(cfg, "group_size", 1),
+            with_baselines=self.needs_baselines,
+        )
         Audit(envs, self.policy.model, audit_interval)  # learn makes its own; what is wrong with it is told now
         self.kl_controller = self._make_kl_controller(base)
         self.num_timesteps = self.num_updates = self.total_timesteps = 0
@@ -108,11 +119,12 @@ class Agent:
         The value head has a learning rate of its own: it starts at 0 while the trunk is trained already, and a critic
         that lags behind the scores adds its own error to every advantage.
         """
-        num_head = len(list(self.policy.value_head.parameters()))
-        groups = [
-            {"params": parameters[:-num_head], "lr": self.config.learning_rate},
-            {"params": parameters[-num_head:], "lr": self.config.value_learning_rate},
-        ]
+        head = self.policy.value_head
+        num_head = 0 if head is None else len(list(head.parameters()))
+        trunk = parameters[: len(parameters) - num_head]
+        groups = [{"params": trunk, "lr": self.config.learning_rate}]
+        if num_head:
+            groups.append({"params": parameters[-num_head:], "lr": self.config.value_learning_rate})
         for group in groups:
             group["initial_lr"] = group["lr"]  # what schedules multiply
         return torch.optim.AdamW(groups, betas=(0.9, 0.999), eps=1e-5, weight_decay=0.0)
@@ -248,10 +260,9 @@ class Agent:
                 self.policy.critic.save_pretrained(folder / "critic")
             if self.tokenizer is not None:
                 self.tokenizer.save_pretrained(folder)
-            save_file(
-                {k: v.contiguous() for k, v in self.policy.value_head.state_dict().items()},
-                folder / "value_head.safetensors",
-            )
+            if self.policy.value_head is not None:
+                head = {k: v.contiguous() for k, v in self.policy.value_head.state_dict().items()}
+                save_file(head, folder / "value_head.safetensors")
             tensors, scalars = self.optimizer.state_dict()
             generators = {
                 "generator": self.generator.get_state(),
@@ -296,7 +307,8 @@ class Agent:
                 str(folder / "critic"), agent.tokenizer, device=agent.policy.device, dtype="float32"
             ).model
             agent.policy.critic.load_state_dict(critic.state_dict())
-        agent.policy.value_head.load_state_dict(load_file(folder / "value_head.safetensors"))
+        if agent.policy.value_head is not None:
+            agent.policy.value_head.load_state_dict(load_file(folder / "value_head.safetensors"))
         tensors = load_file(folder / "trainer_state.safetensors")
         agent.num_timesteps, agent.num_updates = state["num_timesteps"], state["num_updates"]
         agent.generator.set_state(tensors.pop("generator"))
@@ -333,20 +345,6 @@ def _restore_prompt_order(base: Any, states: list[Any] | None) -> bool:
         return False
     base.load_prompt_order_state(states)
     return True
-
-
-def _make_config(config_class: type, values: dict[str, Any]) -> Any:
-    known = [f.name for f in dataclasses.fields(config_class)]
-    for name in values:
-        if name not in known:
-            import difflib
-
-            near = difflib.get_close_matches(name, known, n=1)
-            raise TypeError(
-                f"{config_class.__name__} has no field {name!r}"
-                + (f"; did you mean {near[0]!r}?" if near else f"; fields: {', '.join(known)}")
-            )
-    return config_class(**values)
 
 
 def _policy_model(base: Any, policy: Any) -> tuple[Any, Any]:

@@ -23,6 +23,8 @@ class Batch:
         scores: Score of each response. (B,) float32.
         ended_by_eos: (B,) bool.
         kl: KL estimate of each token; zeros where the environment has no reference. (B, R) float32.
+        ref_logprobs: log pi_ref of the tokens, in nats; None where the environment has no reference. (B, R) float32.
+        advantages, returns: What the algorithm made of the rewards; None before. (B, R) float32.
         allowed: Which tokens could be chosen; only with top-k or top-p, or where the environment tells masks of its
             own. (B, R, V) bool.
     """
@@ -37,6 +39,9 @@ class Batch:
     scores: Tensor
     ended_by_eos: Tensor
     kl: Tensor
+    ref_logprobs: Tensor | None = None
+    advantages: Tensor | None = None
+    returns: Tensor | None = None
     allowed: Tensor | None = None
 
     def __len__(self) -> int:
@@ -68,7 +73,10 @@ class Rollout:
         prompts, completions: Their texts where the environment tells them, for samples.
         terms: The reward's ledger, each (B,) float32.
         metrics: The environment's metrics, each (B,) float32, NaN where one did not apply; no part of the rewards.
-        num_tokens: Response tokens in the batch, EOS included: what a timestep counts.
+        baselines: Summed reward of the likeliest response to each episode's prompt, (B,) float32; only for agents that
+            ask for it.
+        num_baseline_tokens: What those took to generate.
+        num_tokens: Response tokens that were generated, EOS included: what a timestep counts.
     """
 
     batch: Batch
@@ -76,7 +84,9 @@ class Rollout:
     completions: list[str] = field(default_factory=list)
     terms: dict[str, Tensor] = field(default_factory=dict)
     metrics: dict[str, Tensor] = field(default_factory=dict)
+    baselines: Tensor | None = None
+    num_baseline_tokens: int = 0
 
     @property
     def num_tokens(self) -> int:
-        return int(self.batch.response_mask.sum())
+        return int(self.batch.response_mask.sum()) + self.num_baseline_tokens

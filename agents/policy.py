@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
     from .batch import Batch
 
-CRITICS = ("shared", "separate")
+CRITICS = ("shared", "separate", "none")
 
 
 class Policy(nn.Module):
@@ -30,7 +30,8 @@ class Policy(nn.Module):
     Args:
         model: The causal LM to train, taken as it is. Dropout is off always: with it the ratio of new to old would not
             be 1 to begin with.
-        critic: "shared" (the head on the LM's trunk) or "separate" (a trunk of its own, a copy).
+        critic: "shared" (the head on the LM's trunk), "separate" (a trunk of its own, a copy) or "none" (no value head;
+            values are 0).
         token_filter: Temperature and masks of the process.
     """
 
@@ -42,18 +43,21 @@ class Policy(nn.Module):
         self.model = model if any(p.requires_grad for p in model.parameters()) else model.requires_grad_(True)
         self.critic = copy.deepcopy(model) if critic == "separate" else None
         self.token_filter = token_filter or TokenFilter()
-        head = model.get_output_embeddings()
+        self.value_head = None if critic == "none" else self._make_value_head()
+        self.eval()
+
+    def _make_value_head(self) -> nn.Linear:
+        head = self.model.get_output_embeddings()
         width = (
-            model.config.get_text_config().hidden_size
+            self.model.config.get_text_config().hidden_size
             if head is None or not hasattr(head, "in_features")
             else head.in_features
         )
         # A model may say that only the first of the LM head's inputs are for a value head.
-        self.value_width = getattr(model, "value_width", width)
-        self.value_head = nn.Linear(self.value_width, 1, device=self.device)
-        nn.init.zeros_(self.value_head.weight)
-        nn.init.zeros_(self.value_head.bias)
-        self.eval()
+        value_head = nn.Linear(getattr(self.model, "value_width", width), 1, device=self.device)
+        nn.init.zeros_(value_head.weight)
+        nn.init.zeros_(value_head.bias)
+        return value_head
 
     @property
     def device(self) -> torch.device:
@@ -66,9 +70,11 @@ class Policy(nn.Module):
 
     def value(self, hidden: Tensor) -> Tensor:
         """Values of states given the LM head's input. (..., d) -> (...), float32."""
+        if self.value_head is None:
+            return torch.zeros(hidden.shape[:-1], device=hidden.device)
         # In float32 whatever the trunk computes in: a value rounded to 8 bits would drown the advantages.
         weight, bias = self.value_head.weight.float(), self.value_head.bias.float()
-        return nn.functional.linear(hidden[..., : self.value_width].float(), weight, bias)[..., 0]
+        return nn.functional.linear(hidden[..., : self.value_head.in_features].float(), weight, bias)[..., 0]
 
     def forward(self, batch: Batch, *, with_entropy_gradient: bool = False) -> tuple[Tensor, Tensor, Tensor]:
         """Log-probs of the response tokens, values of the states they were chosen in, and entropies there.

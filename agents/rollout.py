@@ -10,7 +10,9 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 
+import numpy as np
 import torch
 from gymnasium.vector import VectorEnv
 from torch import Tensor
@@ -32,13 +34,39 @@ class Collector:
         policy: The policy that acts.
         generator: Source of the uniform numbers, on the CPU so that a seed means the same on every device.
         num_rounds: Episodes per row and rollout; a row that finishes early takes its next prompt at once.
+        group_size: Responses to each prompt, next to each other in the batch: every so many-th row's prompt is given to
+            the rows after it too.
+        with_baselines: Whether the likeliest response to each prompt is generated and scored as well.
+
+    Raises:
+        ValueError: If the groups do not fit into the rows, or the environment cannot be asked for them.
     """
 
-    def __init__(self, envs: VectorEnv, policy: Policy, generator: torch.Generator, num_rounds: int = 1):
+    def __init__(
+        self,
+        envs: VectorEnv,
+        policy: Policy,
+        generator: torch.Generator,
+        num_rounds: int = 1,
+        *,
+        group_size: int = 1,
+        with_baselines: bool = False,
+    ):
         space = envs.single_observation_space
         self.envs, self.policy, self.generator, self.num_rounds = envs, policy, generator, num_rounds
         # A wrapper has no such method, and may change rewards.
         self.by_whole_responses = hasattr(envs, "evaluate_responses")
+        self.group_size, self.with_baselines = group_size, with_baselines
+        if envs.num_envs % group_size:
+            raise ValueError(
+                f"group_size must divide the environment's {envs.num_envs} rows, got {group_size}; all responses to a "
+                "prompt stand in rows of one batch"
+            )
+        if (group_size > 1 or with_baselines) and num_rounds > 1 and not self.by_whole_responses:
+            raise ValueError(
+                f"num_rounds must be 1 for several responses to a prompt in an environment that is stepped, got "
+                f"{num_rounds}; use more rows, or the native environment without wrappers"
+            )
         self.width = space["input_ids"].shape[0]
         self.max_response_tokens = getattr(envs.unwrapped, "max_response_tokens", self.width)
         self._engine: Engine | None = None
@@ -63,7 +91,7 @@ class Collector:
             if self.by_whole_responses:
                 rollout = self._whole_responses(uniforms, progress, seed)
             else:
-                rollout = collect_by_stepping(self.envs, self.policy, self._engine, uniforms, progress, seed)
+                rollout = self._by_stepping(uniforms, progress, seed)
             if self.policy.critic is not None:
                 # A critic with a trunk of its own did not run while the policy sampled.
                 values = torch.zeros_like(rollout.batch.values)
@@ -75,12 +103,56 @@ class Collector:
 
     def _whole_responses(self, uniforms: Tensor, progress: Callable[[int], None] | None, seed: int | None) -> Rollout:
         envs, policy = self.envs, self.policy
-        prompts, index = [], []
+        prompts: list[Tensor] = []
+        index: list[int] = []
         for round_number in range(self.num_rounds):
             observation, info = envs.reset(seed=seed if round_number == 0 else None)
-            ids = torch.as_tensor(observation["input_ids"])
-            prompts += [row[:n] for row, n in zip(ids, observation["attention_mask"].sum(1).tolist(), strict=True)]
-            index += info["prompt_index"].tolist()
+            rows = self._rows_asked(envs.num_envs)
+            ids, lengths = (torch.as_tensor(observation[key])[rows] for key in ("input_ids", "attention_mask"))
+            prompts += [row[:n] for row, n in zip(ids, lengths.sum(1).tolist(), strict=True)]
+            index += info["prompt_index"][rows].tolist()
+        rollout = self._respond(prompts, index, uniforms, progress)
+        if self.with_baselines:
+            # Equal prompts have the same likeliest response.
+            asked = sorted(set(index))
+            likeliest = self._respond([prompts[index.index(i)] for i in asked], asked, None, progress)
+            which = torch.tensor([asked.index(i) for i in index], device=policy.device)
+            rollout.baselines = likeliest.batch.rewards.sum(1)[which]
+            rollout.num_baseline_tokens = likeliest.num_tokens
+        return rollout
+
+    def _rows_asked(self, num_rows: int) -> Tensor:
+        """The row whose prompt each row gets: its own, or that of the first of its group."""
+        rows = torch.arange(num_rows)
+        return rows - rows % self.group_size
+
+    def _by_stepping(self, uniforms: Tensor, progress: Callable[[int], None] | None, seed: int | None) -> Rollout:
+        collect = partial(collect_by_stepping, self.envs, self.policy, self._engine, progress=progress)
+        if self.group_size == 1 and not self.with_baselines:
+            return collect(uniforms, seed=seed)
+        info = self.envs.reset(seed=seed)[1]
+        if "prompt_index" not in info:
+            raise ValueError(
+                "this agent needs several responses to a prompt, and this environment does not tell prompts apart "
+                '(info["prompt_index"] and reset(options={"prompt_index": ...}))'
+            )
+        index = np.asarray(torch.as_tensor(info["prompt_index"]).cpu())[self._rows_asked(self.envs.num_envs).numpy()]
+        rollout = collect(uniforms, prompt_index=index)
+        if self.with_baselines:
+            likeliest = collect(uniforms, prompt_index=index, deterministic=True)
+            rollout.baselines = likeliest.batch.rewards.sum(1)
+            rollout.num_baseline_tokens = likeliest.num_tokens
+        return rollout
+
+    def _respond(
+        self,
+        prompts: list[Tensor],
+        index: list[int],
+        uniforms: Tensor | None,
+        progress: Callable[[int], None] | None,
+    ) -> Rollout:
+        """Sampled responses to these prompts with what they earn; the likeliest ones where ``uniforms`` is None."""
+        envs, policy = self.envs, self.policy
         texts = [envs.prompts[i].text for i in index]
         if policy.token_filter.uses_reference and self._reference_engine is None:
             self._reference_engine = make_engine(envs.language_model.model, envs.num_envs, self.width)
@@ -92,7 +164,7 @@ class Collector:
             uniforms=uniforms,
             token_filter=policy.token_filter,
             reference_engine=self._reference_engine,
-            value_fn=policy.value,
+            value_fn=None if policy.value_head is None else policy.value,
             progress=progress,
         )
         result = envs.evaluate_responses(
@@ -107,11 +179,12 @@ class Collector:
             response_ids=responses.response_ids,
             response_mask=responses.response_mask,
             logprobs=responses.logprobs,
-            values=responses.values,
+            values=torch.zeros_like(result.rewards) if responses.values is None else responses.values,
             rewards=result.rewards,
             scores=result.scores,
             ended_by_eos=responses.ended_by_eos,
             kl=torch.zeros_like(result.rewards) if result.kl is None else result.kl,
+            ref_logprobs=None if envs.language_model is None else result.ref_logprobs,
         )
         if policy.token_filter.uses_reference:
             model, lengths = envs.language_model.model, prompt_lengths + batch.response_mask.sum(1)

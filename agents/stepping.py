@@ -38,6 +38,8 @@ def collect_by_stepping(
     uniforms: Tensor,
     progress: Callable[[int], None] | None = None,
     seed: int | None = None,
+    prompt_index: np.ndarray | None = None,
+    deterministic: bool = False,
 ) -> Rollout:
     """The first ``num_rounds`` episodes of every row after a reset, in any autoreset mode.
 
@@ -55,6 +57,8 @@ def collect_by_stepping(
             environment.
         progress: Told of every n new tokens.
         seed: For the reset that begins the rollout.
+        prompt_index: Which prompts to begin with, (N,), for environments whose reset takes such an option.
+        deterministic: Choose the likeliest token each time.
     """
     base, device = envs.unwrapped, policy.device
     num_rows, num_rounds = envs.num_envs, len(uniforms) // envs.num_envs
@@ -67,7 +71,8 @@ def collect_by_stepping(
     resetting = np.zeros(num_rows, dtype=bool)  # rows whose next step is next_step mode's reset
     orders: list[Any] = [None] * num_rows
 
-    observation, info = envs.reset(seed=seed)
+    options = {} if prompt_index is None else {"options": {"prompt_index": prompt_index}}
+    observation, info = envs.reset(seed=seed, **options)
     allowed = _allowed(info, None, device)
     while (finished < num_rounds).any():
         ids = torch.as_tensor(observation["input_ids"]).long().to(device)
@@ -86,7 +91,7 @@ def collect_by_stepping(
         all_logprobs = policy.token_filter.logprobs(logits, allowed)
         draws = torch.full((num_rows,), 0.5, device=device)
         draws[recording] = episodes.next_uniforms(episode)
-        tokens = sample_tokens(all_logprobs, draws)
+        tokens = all_logprobs.argmax(-1) if deterministic else sample_tokens(all_logprobs, draws)
         logprobs = all_logprobs.gather(1, tokens[:, None])[:, 0]
         values = policy.value(engine.last_hidden)
 
@@ -96,9 +101,10 @@ def collect_by_stepping(
             tokens if isinstance(observation["input_ids"], Tensor) else tokens.cpu().numpy()
         )
         ended = _numpy(terminated) | _numpy(truncated)
-        kl = torch.zeros_like(logprobs)
+        kl, ref_logprobs = torch.zeros_like(logprobs), torch.zeros_like(logprobs)
         if "ref_logprob" in info:
             ref_logprobs = torch.as_tensor(info["ref_logprob"]).to(logprobs)
+            episodes.has_reference = True
             kl = estimate_kl(logprobs, ref_logprobs, getattr(base, "kl_estimator", "k1"))
         step = {
             "response_ids": tokens,
@@ -106,6 +112,7 @@ def collect_by_stepping(
             "values": values,
             "rewards": torch.as_tensor(rewards).to(values),
             "kl": kl,
+            "ref_logprobs": ref_logprobs,
         }
         if allowed is not None and keep_masks:
             step["allowed"] = allowed
@@ -137,8 +144,10 @@ class _Episodes:
     def __init__(self, uniforms: Tensor):
         self.uniforms, (count, width), device = uniforms, uniforms.shape, uniforms.device
         self.tables = {
-            name: torch.zeros(count, width, device=device) for name in ("logprobs", "values", "rewards", "kl")
+            name: torch.zeros(count, width, device=device)
+            for name in ("logprobs", "values", "rewards", "kl", "ref_logprobs")
         }
+        self.has_reference = False
         self.tables["response_ids"] = torch.zeros(count, width, dtype=torch.long, device=device)
         self.lengths = np.zeros(count, dtype=int)
         self.prompts: list[Any] = [None] * count
@@ -193,6 +202,8 @@ class _Episodes:
         ids, _, prompt_lengths = join_responses(
             self.prompts, self.tables["response_ids"], mask, pad_token_id=pad_token_id
         )
+        if not self.has_reference:
+            del self.tables["ref_logprobs"]
         batch = Batch(
             ids=ids,
             prompt_lengths=prompt_lengths,

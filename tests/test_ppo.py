@@ -16,10 +16,10 @@ from transformers import AutoModelForCausalLM
 from worlds import EOS, V, goodness, make_envs, model, tokenizer
 
 from rlhf_gym.agents import PPO
-from rlhf_gym.agents.functional import masked_mean
 from rlhf_gym.agents.logs import rollout_metrics
 from rlhf_gym.agents.policy import Policy
 from rlhf_gym.agents.stepping import collect_by_stepping, token_filter_of
+from rlhf_gym.agents.updates import accumulate_gradients
 from rlhf_gym.lm import make_engine
 
 KL_COEF = 0.1
@@ -199,7 +199,8 @@ def test_first_minibatch_is_reinforce():
     agent = PPO(envs(model=model("llama")), seed=0, vf_coef=0.0)
     batch = collected(agent)
     advantages = torch.randn(batch.rewards.shape, generator=torch.Generator().manual_seed(0))
-    stats = agent._accumulate_gradients(batch, advantages, advantages, torch.arange(len(batch)))
+    batch = replace(batch, advantages=advantages, returns=advantages)
+    stats = accumulate_gradients(agent, batch, agent.loss, torch.arange(len(batch)))
     assert abs(stats["ratio"] - 1) < 1e-5 and stats["clip_fraction"] == 0 and abs(stats["approx_kl"]) < 1e-10
     ours = [p.grad.clone() for p in agent.policy.model.parameters()]
     agent.optimizer.zero_grad()
@@ -218,7 +219,8 @@ def test_gradient_accumulation_equals_one_batch():
     for size in (None, 3, 1):
         agent = PPO(envs(model=model("llama")), seed=0, micro_batch_size=size)
         batch = collected(agent)
-        agent._accumulate_gradients(batch, batch.rewards, batch.rewards, torch.arange(len(batch)))
+        batch = replace(batch, advantages=batch.rewards, returns=batch.rewards)
+        accumulate_gradients(agent, batch, agent.loss, torch.arange(len(batch)))
         gradients.append([p.grad.clone() for p in agent.policy.parameters()])
     for other in gradients[1:]:
         for a, b in zip(gradients[0], other, strict=True):
@@ -473,10 +475,13 @@ def test_callbacks_and_metric_names():
 def test_whitened_advantage_scale_has_the_scores_spread_as_floor():
     """With a perfect critic the advantages are tiny noise; they must not be blown up to size 1."""
     agent, seen = PPO(envs(), seed=0, learning_rate=0.0), {}
-    original = agent._accumulate_gradients
-    agent._accumulate_gradients = lambda batch, advantages, returns, rows: (
-        seen.setdefault("a", advantages) is None or original(batch, advantages, returns, rows)
-    )
+    original = agent.loss
+
+    def loss(batch, normaliser):
+        seen.setdefault("batches", []).append(batch)
+        return original(batch, normaliser)
+
+    agent.loss = loss
     rollout = agent.collector.collect()
     mask = rollout.batch.response_mask
     noise = 1e-3 * torch.randn(mask.shape, generator=torch.Generator().manual_seed(0))
@@ -488,7 +493,10 @@ def test_whitened_advantage_scale_has_the_scores_spread_as_floor():
     )
     agent.total_timesteps = 1
     agent.update(rollout)
-    assert seen["a"][mask].std() < 0.02 and abs(masked_mean(seen["a"], mask)) < 1e-6
+    # The minibatches of one pass hold every token once.
+    one_pass = seen["batches"][: agent.config.num_minibatches]
+    scaled = torch.cat([batch.advantages[batch.response_mask] for batch in one_pass])
+    assert len(scaled) == mask.sum() and scaled.std() < 0.02 and abs(scaled.mean()) < 1e-6
 
 
 def test_trains_on_any_vector_env_of_text():

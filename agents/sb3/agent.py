@@ -29,7 +29,8 @@ from rlhf_gym.kl import AdaptiveKL
 from rlhf_gym.lm import LanguageModel, load_language_model
 
 from ..audit import Audit
-from ..base import _make_config, _restore_prompt_order
+from ..base import _restore_prompt_order
+from ..config import make_config
 from .announce import AnnounceLogprobs
 from .policy import LMActorCriticPolicy, policy_kwargs
 from .report import Report, StopLearning
@@ -80,7 +81,7 @@ class SB3Agent:
         algorithm = algorithm or self.algorithm_class
         if not (isinstance(algorithm, type) and issubclass(algorithm, OnPolicyAlgorithm)):
             raise TypeError(f"algorithm must be an on-policy class of Stable-Baselines3 such as PPO, got {algorithm!r}")
-        self.config: Any = config if self.config_class is None else _make_config(self.config_class, config)
+        self.config: Any = config if self.config_class is None else make_config(self.config_class, config)
         self.envs, self.seed, self.audit_interval = envs, seed, audit_interval
         base = envs.unwrapped
         source, self.tokenizer = _starting_model(base, policy)
