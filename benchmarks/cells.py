@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import math
-import multiprocessing
 import os
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
+import platform
+import subprocess
+from collections.abc import Callable, Sequence
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 
-THREADS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
+from rlhf_gym.atomic import write_text
 
 
 def read_cells(path: Path) -> list[dict[str, Any]]:
@@ -53,45 +52,38 @@ def append_cell(path: Path, cell: dict[str, Any]) -> None:
         os.fsync(file.fileno())
 
 
-def run_cells(
-    function: Callable[..., dict[str, Any]], keys: Sequence[dict[str, Any]], jobs: int = 1
-) -> Iterator[tuple[dict[str, Any], dict[str, Any]]]:
-    """Calls ``function(**key)`` for every key, on one thread each.
-
-    Threads add up in another order when there are more of them; with one, a result does not depend on ``jobs``.
-
-    Args:
-        function: A function of a module. Its randomness comes from its arguments.
-        keys: Arguments of the calls.
-        jobs: Processes side by side. 1: in this process.
-
-    Yields:
-        A key and its result, as they are finished.
-    """
-    if jobs == 1:
-        for key in keys:
-            yield key, _on_one_thread(function, key)
-        return
-    # Read by the libraries when a process imports them.
-    before = {name: os.environ.get(name) for name in THREADS}
-    os.environ.update(dict.fromkeys(THREADS, "1"))
-    pool = ProcessPoolExecutor(jobs, mp_context=multiprocessing.get_context("spawn"))
-    try:
-        futures = {pool.submit(_on_one_thread, function, key): key for key in keys}
-        for future in as_completed(futures):
-            yield futures[future], future.result()
-    finally:
-        # An error or Ctrl-C in one: those that wait would otherwise still be run.
-        pool.shutdown(cancel_futures=True)
-        for name, value in before.items():
-            os.environ.pop(name) if value is None else os.environ.update({name: value})
+def write_cells(path: Path, cells: Sequence[dict[str, Any]], order: Callable[[dict[str, Any]], Any]) -> None:
+    """Replaces the file by these cells, sorted by ``order``, in one step: it then depends on nothing but their content."""
+    write_text(path, "".join(json.dumps(cell) + "\n" for cell in sorted(cells, key=order)))
 
 
-def _on_one_thread(function: Callable[..., dict[str, Any]], key: dict[str, Any]) -> dict[str, Any]:
-    with contextlib.ExitStack() as stack:
-        stack.callback(torch.set_num_threads, torch.get_num_threads())
-        torch.set_num_threads(1)
-        return function(**key)
+def provenance() -> dict[str, Any]:
+    """What figures are measured with. ``commit`` is that of the package, with ``-dirty`` where its code has been changed
+    since; None where it is installed from no checkout of its own."""
+    packages = ("torch", "transformers", "gymnasium", "stable-baselines3", "sb3-contrib", "numpy")
+    return {
+        "commit": _commit(),
+        "python": platform.python_version(),
+        "versions": {name: version(name) for name in packages},
+        "machine": platform.machine(),
+    }
+
+
+def _commit() -> str | None:
+    here = Path(__file__).resolve().parent
+
+    def git(*arguments: str) -> str | None:
+        try:
+            done = subprocess.run(["git", "-C", str(here), *arguments], capture_output=True, text=True, check=False)
+        except OSError:  # there is no git
+            return None
+        return None if done.returncode else done.stdout.strip()
+
+    # An installed package may lie in a checkout of something else.
+    if git("ls-files", "--error-unmatch", Path(__file__).name) is None:
+        return None
+    changed = git("diff", "--quiet", "HEAD", "--", ":/*.py") is None
+    return f"{git('rev-parse', '--short', 'HEAD')}{'-dirty' if changed else ''}"
 
 
 def mean_and_half_width(values: Sequence[float]) -> tuple[float, float]:

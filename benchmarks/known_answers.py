@@ -27,8 +27,8 @@ from rlhf_gym.agents import AGENTS
 from rlhf_gym.exact import POLICY_KINDS, residual_policy
 from rlhf_gym.lm import generate, make_engine
 
-from .cells import append_cell, mean_and_half_width, read_cells, run_cells
-from .seeds import provenance
+from .cells import append_cell, mean_and_half_width, provenance, read_cells
+from .processes import run_cells
 
 # Task -> the two KL coefficients of the table: a sharp and a soft optimum (scores of Lexicon are ten times as large).
 TASKS = {

@@ -13,12 +13,9 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import platform
 import shlex
-import subprocess
 import sys
 import time
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +23,8 @@ import numpy as np
 
 from rlhf_gym.atomic import write_json
 from rlhf_gym.cli import main as rlhf_gym_main
+
+from .cells import provenance
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -128,20 +127,6 @@ def as_markdown(table: dict[str, dict[str, Any]]) -> str:
             f"{row['after/length']['mean']:.1f} | {row['seconds']:.0f} |"
         )
     return "\n".join(lines)
-
-
-def provenance() -> dict[str, Any]:
-    """What the figures were measured with."""
-    commit = subprocess.run(
-        ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False
-    ).stdout.strip()
-    packages = ("torch", "transformers", "gymnasium", "stable-baselines3", "sb3-contrib", "numpy")
-    return {
-        "commit": commit or None,
-        "python": platform.python_version(),
-        "versions": {name: version(name) for name in packages},
-        "machine": platform.machine(),
-    }
 
 
 if __name__ == "__main__":

@@ -19,11 +19,16 @@ _WINDOWS = os.name == "nt"
 
 def write_json(path: str | Path, value: Any) -> None:
     """Write JSON so that the file holds either its old content or all of the new one."""
+    write_text(path, json.dumps(value, indent=1, ensure_ascii=False))
+
+
+def write_text(path: str | Path, text: str) -> None:
+    """Write a text so that the file holds either its old content or all of the new one."""
     path = Path(path)
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     try:
         with os.fdopen(handle, "w", encoding="utf-8") as file:
-            json.dump(value, file, indent=1, ensure_ascii=False)
+            file.write(text)
             file.flush()
             os.fsync(file.fileno())
         os.chmod(temporary, 0o644)  # mkstemp makes it private

@@ -11,7 +11,8 @@ import pytest
 
 from rlhf_gym.benchmarks import frontier as pictures
 from rlhf_gym.benchmarks import known_answers, learning_curve
-from rlhf_gym.benchmarks.cells import append_cell, mean_and_half_width, read_cells, run_cells
+from rlhf_gym.benchmarks.cells import append_cell, mean_and_half_width, read_cells
+from rlhf_gym.benchmarks.processes import run_cells
 
 COMMITTED = Path(__file__).parents[1] / "benchmarks" / "results" / "known_answers.jsonl"
 
