@@ -428,37 +428,63 @@ def test_policy_gradient_with_the_kl_in_the_reward_is_exact():
     assert (process.expected_gradient(process.policy_loss(biased)) + exact).abs().max() > 1e-3
 
 
-def expected_gradient_of_pairs(process, shift=0.0, mode="sequence_sum", **options):
-    """Over all ordered pairs of responses: the expected gradient of group advantages at group size 2."""
+def expected_gradient_of_groups(process, size=2, shift=0.0, mode="sequence_sum", **options):
+    """Over all ordered groups of responses: the expected gradient of group advantages."""
     n = len(process.scores)
-    first, second = torch.arange(n).repeat_interleave(n), torch.arange(n).repeat(n)
-    rows = torch.stack([first, second], 1).flatten()
+    groups = torch.cartesian_prod(*[torch.arange(n)] * size)
+    rows = groups.flatten()
     returns = (process.scores + shift - BETA * process.log_ratio).detach()
-    advantages = F.group_advantages(returns[rows], 2, **options)
+    advantages = F.group_advantages(returns[rows], size, **options)
     mask = process.mask[rows]
     loss, _ = F.policy_loss_clipped(
         process.logprobs[rows], process.logprobs.detach()[rows], advantages[:, None].expand_as(mask), mask
     )
-    pairs = (process.probability[first] * process.probability[second]).detach().repeat_interleave(2)
-    return process.gradient(F.aggregate_loss(loss * pairs[:, None], mask, mode, normaliser=2))
+    chances = process.probability.detach()[groups].prod(1).repeat_interleave(size)
+    return process.gradient(F.aggregate_loss(loss * chances[:, None], mask, mode, normaliser=size))
 
 
-def test_rloo_gradient_is_exact():
+@pytest.mark.parametrize("size", [2, 3])
+def test_rloo_gradient_is_exact(size):
     process = Process()
     exact = process.gradient(process.objective)
-    assert (expected_gradient_of_pairs(process) + exact).abs().max() < 1e-10
+    assert (expected_gradient_of_groups(process, size) + exact).abs().max() < 1e-10
     # Negative controls: what is known to be another gradient.
-    grpo = expected_gradient_of_pairs(process, baseline="group_mean", divide_by_std=True)
+    grpo = expected_gradient_of_groups(process, size, baseline="group_mean", divide_by_std=True)
     assert (grpo / grpo.norm() + exact / exact.norm()).norm() > 0.1
-    by_length = expected_gradient_of_pairs(process, mode="sequence_mean")
+    by_length = expected_gradient_of_groups(process, size, mode="sequence_mean")
     assert (by_length / by_length.norm() + exact / exact.norm()).norm() > 0.05
+    # The mean of all is the same direction, (size - 1) / size as long.
+    smaller = expected_gradient_of_groups(process, size, baseline="group_mean")
+    assert (smaller + (size - 1) / size * exact).abs().max() < 1e-10
 
 
-@pytest.mark.parametrize("options", [{}, {"baseline": "group_mean"}, {"baseline": "group_mean", "divide_by_std": True}])
+GROUPS = [{}, {"baseline": "group_mean"}, {"baseline": "group_mean", "divide_by_std": True}]
+
+
+@pytest.mark.parametrize("options", GROUPS)
 def test_a_constant_added_to_the_score_changes_no_gradient(options):
     process = Process()
-    plain = expected_gradient_of_pairs(process, **options)
-    assert (expected_gradient_of_pairs(process, shift=10.0, **options) - plain).abs().max() < 1e-10
+    plain = expected_gradient_of_groups(process, **options)
+    assert (expected_gradient_of_groups(process, shift=10.0, **options) - plain).abs().max() < 1e-10
+
+
+@pytest.mark.parametrize("options", GROUPS)
+def test_a_constant_added_to_the_score_changes_the_gradient_of_no_batch(options):
+    """Not in expectation only: here eight groups of four, drawn once."""
+    process = Process()
+    rows = torch.multinomial(process.probability.detach(), 32, True, generator=torch.Generator().manual_seed(0))
+    returns = (process.scores - BETA * process.log_ratio).detach()[rows]
+
+    def gradient(advantages):
+        spread = advantages[:, None].expand_as(process.mask[rows])
+        logprobs = process.logprobs[rows]
+        loss, _ = F.policy_loss_clipped(logprobs, logprobs.detach(), spread, process.mask[rows])
+        return process.gradient(F.aggregate_loss(loss, process.mask[rows]))
+
+    plain, shifted = (gradient(F.group_advantages(returns + c, 4, **options)) for c in (0.0, 10.0))
+    assert plain.norm() > 0.01 and (plain - shifted).abs().max() < 1e-10
+    # Negative control: without a baseline it does.
+    assert (gradient(returns) - gradient(returns + 10.0)).norm() > 0.1
 
 
 def test_kl_estimates_agree_in_value():

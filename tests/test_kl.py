@@ -8,6 +8,8 @@ import math
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from rlhf_gym import kl
 from rlhf_gym.kl import AdaptiveKL, FixedKL, estimate_kl, exact_kl, k1, k2, k3
@@ -111,6 +113,18 @@ def test_adaptive_controller_moves_as_published(kl_now, factor):
     controller = AdaptiveKL(0.2, target=6.0, horizon=1000)
     assert controller.update(kl_now, num_episodes=64) == pytest.approx(0.2 * factor, rel=1e-12)
     assert controller.coef == pytest.approx(0.2 * factor, rel=1e-12)
+
+
+@settings(max_examples=200, deadline=None)
+@given(kl_now=st.floats(-1e6, 1e6), target=st.floats(0.01, 100), share=st.floats(1e-6, 4.9))
+def test_adaptive_controller_grows_no_faster_than_published(kl_now, target, share):
+    """Ziegler et al. 2019: the error is clipped to [-.2, .2] and K_beta = .1 times it is the growth of one update; in
+    general it is episodes / horizon times it. The coefficient moves towards the target, and is never 0."""
+    controller = AdaptiveKL(0.3, target=target, horizon=1000 / share)
+    growth = controller.update(kl_now, num_episodes=1000) / 0.3 - 1
+    assert abs(growth) <= 0.2 * share * (1 + 1e-9) and controller.coef > 0
+    assert growth * (kl_now - target) >= 0
+    assert AdaptiveKL(0.3, target, 1000).update(kl_now, 100) == pytest.approx(0.3, rel=0.02 + 1e-9)  # K_beta = .1
 
 
 def test_adaptive_controller_reaches_its_target():
