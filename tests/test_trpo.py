@@ -308,6 +308,26 @@ def test_failed_line_search_restores_the_parameters():
     assert parameters[0].tolist() == [1.5, 2.5] and parameters[1].tolist() == [[8]]
 
 
+def test_an_update_whose_line_search_fails_leaves_the_policy_as_it_was(monkeypatch):
+    """Every try is taken for one that leaves the trust region."""
+    agent, tried = algorithm(MicroBatchTRPO, "mlp", line_search_max_iter=4), []
+
+    def measured(new, old):
+        if not torch.is_grad_enabled():  # the line search; the Fisher-vector products differentiate
+            tried.append(agent.policy.action_net.weight.detach().clone())
+        return mean_kl(new, old) if torch.is_grad_enabled() else torch.tensor(torch.inf)
+
+    monkeypatch.setattr("rlhf_gym.agents.trpo.mean_kl", measured)
+    before = {name: p.detach().clone() for name, p in agent.policy.named_parameters() if "value" not in name}
+    agent.learn(64)
+    assert agent.logger.name_to_value["train/is_line_search_success"] == 0 and len(tried) == 4
+    assert all(not torch.equal(weight, before["action_net.weight"]) for weight in tried)
+    assert all(torch.equal(p, before[name]) for name, p in agent.policy.named_parameters() if name in before)
+    monkeypatch.undo()  # the negative control: the same update when it is measured rightly
+    agent = algorithm(MicroBatchTRPO, "mlp", line_search_max_iter=4)
+    assert not torch.equal(parameters_after_update(agent)["action_net.weight"], before["action_net.weight"])
+
+
 def test_update_without_a_signal_changes_no_policy():
     """Equal rewards everywhere: there is no direction of improvement, so the line search fails and restores."""
     agent = algorithm(MicroBatchTRPO, "mlp", gae_lambda=0.0, gamma=0.0, n_steps=8)
