@@ -1,0 +1,272 @@
+"""Pictures of many agents in one table, without a legend of twenty colours.
+
+Curves stand in small panels, one for each agent, with all the others in grey behind; rows and end points carry their
+names. Colours are Okabe and Ito's and never the only sign.
+"""
+
+from __future__ import annotations
+
+import math
+import textwrap
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from rlhf_gym.plots import STYLES
+
+from .outcomes import Run, Suite
+from .statistics import Estimate, bootstrap, improvement, profile
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+BLUE, ORANGE = STYLES[0]["color"], STYLES[1]["color"]
+OTHERS: dict[str, Any] = {"color": "0.8", "linewidth": 0.8, "zorder": 1}
+# Curves and pairs are many; their intervals need not be known to the last digit.
+NUM_RESAMPLES = 500
+NUM_POINTS = 41
+LOWEST = -0.5  # scores below it stand at the edge: one agent that diverged must not squash the others
+SMALLEST = 1e-6  # of the distance from the optimum; below it is rounding
+
+
+def score_name(suite: Suite) -> str:
+    """What a score of this suite is, for an axis."""
+    return "score (0 reference, 1 best here)" if suite.relative else "normalised score (0 reference, 1 optimum)"
+
+
+# ---- the interquartile mean
+
+
+def iqm_intervals(suite: Suite) -> Figure:
+    """A row for each agent: the IQM with its interval, and on a logarithmic axis how far it is from 1."""
+    from matplotlib.figure import Figure
+
+    found = {agent: bootstrap(list(suite.scores(agent).values())) for agent in suite.agents}
+    figure = Figure(figsize=(9.6, 0.29 * len(found) + 1.3), layout="constrained")
+    left, right = figure.subplots(1, 2, sharey=True, width_ratios=(5, 4))
+    lowest = max(LOWEST, min(0.0, *(float(np.nanmin([e.value, e.low])) for e in found.values())))
+    for row, (agent, estimate) in enumerate(found.items()):
+        failed = sum(run.failure is not None for run in suite.of(agent))
+        _interval(left, row, estimate, lowest)
+        distance = Estimate(
+            *(np.maximum(1 - value, SMALLEST) for value in (estimate.value, estimate.high, estimate.low))
+        )
+        _interval(right, row, distance, 0)
+        if failed:
+            text = f"{failed} of {len(suite.of(agent))} failed"
+            right.annotate(text, (1.02, row), xycoords=("axes fraction", "data"), fontsize=8, va="center")
+    left.set_yticks(range(len(found)), [_wrapped(agent, 34) for agent in found], fontsize=9)
+    left.set_ylim(len(found) - 0.4, -0.6)
+    left.set_xlim(lowest - 0.04 * (1 - lowest), 1 + 0.04 * (1 - lowest))
+    left.set_xlabel(f"IQM of the {score_name(suite)}", fontsize=9)
+    left.axvline(0, color="0.6", linewidth=0.8, zorder=0)
+    right.set_xscale("log")
+    right.set_xlabel("1 - IQM (logarithmic; further right is better)", fontsize=9)
+    right.axvline(0.01, color="0.4", linestyle="--", linewidth=0.9, zorder=0)
+    right.annotate("IQM .99", (0.01, 1), xycoords=("data", "axes fraction"), xytext=(0, 2),
+                   textcoords="offset points", fontsize=8, ha="center")  # fmt: skip
+    right.invert_xaxis()
+    for axes in (left, right):
+        axes.grid(alpha=0.25)
+        axes.tick_params(axis="x", labelsize=8)
+    return figure
+
+
+def _interval(axes: Axes, row: int, estimate: Estimate, lowest: float) -> None:
+    """A dot on a line; one that is outside becomes an arrow with its number."""
+    if estimate.value < lowest:
+        axes.plot([lowest], [row], marker="<", color=ORANGE, markersize=7, clip_on=False)
+        axes.annotate(
+            f"{estimate.value:.1f}", (lowest, row), (8, 0), textcoords="offset points", fontsize=8, va="center"
+        )
+        return
+    if math.isfinite(estimate.low):
+        axes.plot([max(estimate.low, lowest), estimate.high], [row, row], color=BLUE, linewidth=2.6, alpha=0.45)
+    axes.plot([estimate.value], [row], marker="o", color=BLUE, markersize=5)
+
+
+# ---- small panels
+
+
+def efficiency(suite: Suite, by: str) -> tuple[Figure, dict[str, tuple[np.ndarray, Estimate]]] | None:
+    """The IQM over all tasks while the agents learn.
+
+    Args:
+        suite: The runs.
+        by: ``tokens`` or ``seconds``.
+
+    Returns:
+        The figure; and of each agent the places and the IQM there. None where no run has a curve.
+    """
+    curves: dict[str, tuple[np.ndarray, Estimate]] = {}
+    for agent in suite.agents:
+        runs = [run for run in suite.of(agent) if _places(run, by) is not None]
+        if not runs:
+            continue
+        places = [_places(run, by) for run in runs]
+        # From where the last has its first point: before, the mean would be of other tasks than after.
+        start, end = max(x[0] for x in places), max(x[-1] for x in places)
+        grid = np.linspace(start, end, NUM_POINTS)
+        if by == "seconds":
+            grid = np.geomspace(max(start, end / 100), end, NUM_POINTS)
+        tasks = [
+            np.array([score_at(run, grid, by) for run in runs if run.task == task])
+            for task in suite.tasks if any(run.task == task for run in runs)
+        ]  # fmt: skip
+        curves[agent] = grid, bootstrap(tasks, num_resamples=NUM_RESAMPLES)
+    if not curves:
+        return None
+    names = {"tokens": "training tokens", "seconds": "seconds of one run (logarithmic)"}
+    figure = small_multiples(curves, names[by], f"IQM of the {score_name(suite)}", log=by == "seconds")
+    return figure, curves
+
+
+def score_at(run: Run, grid: np.ndarray, by: str) -> np.ndarray:
+    """What a run scores at given tokens or seconds, in between on the line; after its end, its final score.
+
+    A run that failed drops at its end, whatever it had reached.
+    """
+    return np.interp(grid, _places(run, by), run.scores, right=run.score)
+
+
+def first_reaching(curve: tuple[np.ndarray, Estimate], score: float) -> float:
+    """Where a curve of `efficiency` first comes to a score, on the line between its points; NaN where it does not."""
+    grid, values = curve[0], curve[1].value
+    above = np.flatnonzero(values >= score)
+    if len(above) == 0:
+        return math.nan
+    i = int(above[0])
+    if i == 0:
+        return float(grid[0])
+    return float(grid[i - 1] + (score - values[i - 1]) / (values[i] - values[i - 1]) * (grid[i] - grid[i - 1]))
+
+
+def profiles(suite: Suite) -> Figure:
+    """Performance profiles: the share of an agent's runs above each score.
+
+    Where 1 is the optimum the axis is the distance from it, logarithmic: good agents differ in their last hundredth.
+    """
+    scores = {agent: list(suite.scores(agent).values()) for agent in suite.agents}
+    lowest, highest = min(run.score for run in suite.runs), max(run.score for run in suite.runs)
+    grid = np.linspace(max(LOWEST, min(0.0, lowest)), max(1.0, highest), 4 * NUM_POINTS)
+    xlabel = f"{score_name(suite)}: threshold"
+    if not suite.relative:
+        distances = np.geomspace(max(1.0, 1 - lowest), 1e-4, 4 * NUM_POINTS)
+        grid, xlabel = 1 - distances, "1 - normalised score: threshold (logarithmic; 0 is the optimum, 1 the reference)"
+    curves = {}
+    for agent, tasks in scores.items():
+        found = profile(tasks, grid, num_resamples=NUM_RESAMPLES)
+        curves[agent] = (grid if suite.relative else distances), found
+    ylabel = "share of runs that are better"
+    return small_multiples(curves, xlabel, ylabel, log=not suite.relative, falling=not suite.relative, bottom=0.0)
+
+
+def small_multiples(
+    curves: Mapping[str, tuple[np.ndarray, Estimate]],
+    xlabel: str,
+    ylabel: str,
+    *,
+    log: bool = False,
+    falling: bool = False,
+    bottom: float = -0.15,
+) -> Figure:
+    """A panel for each curve, four in a row, the other curves in grey behind it.
+
+    Args:
+        curves: Places and values with their interval, by what stands above the panel.
+        xlabel: Name and unit of the common x axis.
+        ylabel: The same of the y axis.
+        log: Logarithmic x axis.
+        falling: x axis from large to small.
+        bottom: The y axis goes no lower, and curves may leave it there.
+    """
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import EngFormatter
+
+    num_columns = min(4, len(curves))
+    num_rows = -(-len(curves) // num_columns)
+    size = (2.4 * num_columns + 0.4, 1.7 * num_rows + 0.5) if num_columns > 1 else (4.6, 2.8)
+    figure = Figure(figsize=size, layout="constrained")
+    panels = figure.subplots(num_rows, num_columns, sharex=True, sharey=True, squeeze=False).ravel()
+    lowest = min(float(np.min(estimate.value)) for _, estimate in curves.values())
+    for axes, (label, (grid, estimate)) in zip(panels, curves.items(), strict=False):
+        for other, (x, y) in curves.items():
+            if other != label:
+                axes.plot(x, y.value, **OTHERS)
+        axes.fill_between(grid, estimate.low, estimate.high, color=BLUE, alpha=0.25, linewidth=0, zorder=2)
+        axes.plot(grid, estimate.value, color=BLUE, linewidth=1.8, zorder=3)
+        axes.set_title(_wrapped(label, 28), fontsize=9, fontweight="bold")
+        axes.grid(alpha=0.25)
+        axes.tick_params(labelsize=8)
+        axes.set_ylim(max(bottom, min(0.0, lowest)) - 0.05, 1.05)
+    # The panels share their axes.
+    if log:
+        panels[0].set_xscale("log")
+        panels[0].minorticks_off()
+        panels[0].xaxis.set_major_formatter("{x:g}")
+    else:
+        panels[0].xaxis.set_major_formatter(EngFormatter(sep=""))  # 20k, not 20000
+    if falling:
+        panels[0].invert_xaxis()
+    for axes in panels[len(curves) :]:
+        axes.set_visible(False)
+        # Its column has an axis at the bottom of the last panel that is shown.
+        panels[list(panels).index(axes) - num_columns].tick_params(labelbottom=True)
+    figure.supxlabel(xlabel, fontsize=9)
+    figure.supylabel(ylabel, fontsize=9)
+    return figure
+
+
+def _places(run: Run, by: str) -> np.ndarray | None:
+    """Rising tokens or seconds of a run's curve, None where it has none."""
+    x = run.tokens if by == "tokens" else run.seconds
+    return None if x is None or len(x) == 0 else np.maximum.accumulate(x)
+
+
+# ---- pairs
+
+
+def improvements(suite: Suite, agents: Sequence[str] | None = None) -> dict[tuple[str, str], Estimate]:
+    """How likely the first agent of a pair beats the second, over the tasks that both have runs on."""
+    agents = agents or suite.agents
+    scores, found = {agent: suite.scores(agent) for agent in agents}, {}
+    for i, ours in enumerate(agents):
+        for theirs in agents[i + 1 :]:
+            tasks = [task for task in suite.tasks if task in scores[ours] and task in scores[theirs]]
+            if tasks:
+                pair = ([scores[agent][task] for task in tasks] for agent in (ours, theirs))
+                found[ours, theirs] = p = improvement(*pair, num_resamples=NUM_RESAMPLES)
+                found[theirs, ours] = Estimate(1 - p.value, 1 - p.high, 1 - p.low)
+    return found
+
+
+def improvement_map(suite: Suite) -> Figure:
+    """Probabilities of improvement of all pairs in percent; bold where the interval leaves out one half."""
+    from matplotlib.figure import Figure
+
+    found, count = improvements(suite), len(suite.agents)
+    names = [_wrapped(agent, 26) for agent in suite.agents]
+    figure = Figure(figsize=(0.36 * count + 2.6, 0.36 * count + 1.9), layout="constrained")
+    axes = figure.add_subplot()
+    matrix = np.full((count, count), np.nan)
+    for (ours, theirs), estimate in found.items():
+        i, j = suite.agents.index(ours), suite.agents.index(theirs)
+        matrix[i, j] = estimate.value
+        clear = estimate.low > 0.5 or estimate.high < 0.5
+        axes.text(j, i, f"{100 * estimate.value:.0f}", ha="center", va="center", fontsize=8,
+                  fontweight="bold" if clear else "normal", color="white" if abs(estimate.value - 0.5) > 0.3 else "black")  # fmt: skip
+    # Orange and purple are told apart by all eyes, and the numbers stand on them.
+    axes.imshow(matrix, cmap="PuOr", vmin=0, vmax=1)
+    axes.set_xticks(range(count), names, rotation=90, fontsize=8)
+    axes.set_yticks(range(count), names, fontsize=8)
+    axes.xaxis.tick_top()
+    axes.xaxis.set_label_position("top")
+    axes.set_xlabel("... a run of the agent of the column", fontsize=9)
+    axes.set_ylabel("% chance that a run of this agent beats ...", fontsize=9)
+    return figure
+
+
+def _wrapped(label: str, width: int) -> str:
+    return "\n".join(textwrap.wrap(label, width)) or label

@@ -1,0 +1,248 @@
+"""A benchmark's directory as runs with one score each: what the statistics, the tables and the pictures read.
+
+``results.jsonl`` has a line for each finished cell, ``timings.jsonl`` what it took, under the same key. The score of a
+run is, on tasks whose optimum is known, the normalised score (0 the reference, 1 optimal). On others it is the objective
+E[score] - beta KL on the same kind of scale: 0 the reference, 1 the best mean of an agent in this directory on this task.
+
+A run that failed is a result. It leaves one with the reference, so it scores 0, or what it was last seen to score if
+that is less: to crash is never better than to be bad, and what was good on the way is lost with the policy.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from .cells import read_cells
+from .known_answers import TASKS
+from .statistics import iqm
+
+RESULTS, TIMINGS = "results.jsonl", "timings.jsonl"
+# What makes a cell, apart from its suite; a line of timings has the same.
+KEY = ("agent", "policy", "task", "kl_coef", "seed", "num_envs", "budget_tokens", "budget_seconds", "config")
+
+
+class Task(NamedTuple):
+    """A task with its KL coefficient; one stratum of the statistics."""
+
+    name: str
+    kl_coef: float
+
+    def __str__(self) -> str:
+        return f"{self.name}, β = {self.kl_coef:g}"
+
+
+@dataclass(frozen=True)
+class Run:
+    """A finished cell.
+
+    Attributes:
+        agent: Its label, the same for all runs that belong together.
+        task: Task and KL coefficient.
+        seed: Seed.
+        failure: None, or why it failed: ``nan``, ``kl``, ``exception: ...``.
+        score: See the module; finite, also where it failed.
+        tokens: Training tokens at the points of its learning curve, rising. Shape (K,); may be empty.
+        scores: The score there. Shape (K,).
+        seconds: Seconds there, None where they were not recorded. Shape (K,).
+        total_seconds: What the whole run took, NaN where that was not recorded.
+        cell: The line of the file.
+    """
+
+    agent: str
+    task: Task
+    seed: int
+    failure: str | None
+    score: float
+    tokens: np.ndarray
+    scores: np.ndarray
+    seconds: np.ndarray | None
+    total_seconds: float
+    cell: dict[str, Any]
+
+    def metric(self, name: str) -> float:
+        """A number of its evaluation, NaN where there is none."""
+        return _number(self.cell.get("metrics"), name)
+
+
+@dataclass(frozen=True)
+class Suite:
+    """The runs of a suite.
+
+    Attributes:
+        name: Its name.
+        runs: In the order of their agents, tasks and seeds.
+        agents: Labels, the best first (by the IQM of the scores).
+        tasks: In the order of the known answers, then by name.
+        relative: Whether some scores are relative to the best agent here, because no optimum is known.
+    """
+
+    name: str
+    runs: Sequence[Run]
+    agents: Sequence[str]
+    tasks: Sequence[Task]
+    relative: bool
+
+    def of(self, agent: str, task: Task | None = None) -> list[Run]:
+        """The runs of an agent, on one task or on all."""
+        return [run for run in self.runs if run.agent == agent and task in (None, run.task)]
+
+    def scores(self, agent: str) -> dict[Task, np.ndarray]:
+        """Scores of an agent's runs on each task on which it has any."""
+        found = {task: np.array([run.score for run in self.of(agent, task)]) for task in self.tasks}
+        return {task: scores for task, scores in found.items() if len(scores)}
+
+
+def read_suites(directory: str | Path) -> list[Suite]:
+    """Everything in a benchmark's directory, a torn last line left out.
+
+    Raises:
+        ValueError: If there is no finished cell, or a line is not one.
+    """
+    path = Path(directory) / RESULTS
+    cells = {(cell.get("suite"), _key(cell, path)): cell for cell in read_cells(path)}  # the last of equal ones
+    if not cells:
+        raise ValueError(f"{path} holds no finished cells; measure some with rlhf-gym benchmark --out {directory}")
+    timings_path = Path(directory) / TIMINGS
+    timings = {_key(line, timings_path): line for line in read_cells(timings_path)}
+    names = sorted({cell.get("suite") or "" for cell in cells.values()})
+    return [
+        _suite(name, [cell for cell in cells.values() if (cell.get("suite") or "") == name], timings) for name in names
+    ]
+
+
+def _key(cell: Mapping[str, Any], path: Path) -> str:
+    missing = [name for name in ("agent", "task", "kl_coef", "seed") if name not in cell]
+    if missing:
+        raise ValueError(f"a line of {path} has no {missing[0]!r}: {json.dumps(cell)[:80]}; it is no benchmark's file")
+    return json.dumps([cell.get(name) for name in KEY], sort_keys=True)
+
+
+def _suite(name: str, cells: Sequence[dict[str, Any]], timings: Mapping[str, Mapping[str, Any]]) -> Suite:
+    labels = label_cells(cells)
+    tasks = sorted({Task(cell["task"], cell["kl_coef"]) for cell in cells}, key=_task_order)
+    runs, relative = [], False
+    for task in tasks:
+        here = [(label, cell) for label, cell in zip(labels, cells, strict=True) if _task(cell) == task]
+        known = any(math.isfinite(_number(cell.get("metrics"), "normalised")) for _, cell in here)
+        zero, one = (0.0, 1.0) if known else _relative_scale(here)
+        relative |= not known
+        runs += [_run(label, cell, timings.get(_key(cell, Path())), zero, one) for label, cell in here]
+    pooled = {label: float(iqm(np.array([run.score for run in runs if run.agent == label]))) for label in set(labels)}
+    agents = sorted(pooled, key=lambda label: (-pooled[label], label))
+    runs.sort(key=lambda run: (agents.index(run.agent), tasks.index(run.task), run.seed))
+    return Suite(name, runs, agents, tasks, relative)
+
+
+def label_cells(cells: Sequence[Mapping[str, Any]]) -> list[str]:
+    """A label for each cell: the agent's name, and only so much else as tells it from the others.
+
+    Of ``module:Class`` the class, where no other is called so. Policy and settings are named where the same agent comes
+    with several; an agent that is tuned for each task is still one agent: settings split it only where one task and seed
+    was run with more than one.
+    """
+    policies: dict[str, set[str]] = {}
+    variants: dict[tuple[str, Any], list[Mapping[str, Any]]] = {}
+    for cell in cells:
+        policies.setdefault(cell["agent"], set()).add(cell.get("policy"))
+        variants.setdefault((cell["agent"], cell.get("policy")), []).append(cell)
+    split = {}
+    for key, group in variants.items():
+        runs = [(_task(cell), cell["seed"]) for cell in group]
+        split[key] = _differing(map(settings, group)) if len(set(runs)) < len(runs) else []
+    classes = [name.rpartition(":")[2] for name in policies]
+    short = {name: name.rpartition(":")[2] for name in policies}
+    names = {name: each if classes.count(each) == 1 else name for name, each in short.items()}
+    labels = []
+    for cell in cells:
+        parts = [names[cell["agent"]]] + ([str(cell.get("policy"))] if len(policies[cell["agent"]]) > 1 else [])
+        mine = settings(cell)
+        parts += [f"{name}={mine.get(name)}" for name in split[cell["agent"], cell.get("policy")]]
+        labels.append(", ".join(parts))
+    return labels
+
+
+def settings(cell: Mapping[str, Any]) -> dict[str, Any]:
+    """What an agent was run with: its configuration, rows of the environment, budget."""
+    others = {name: cell.get(name) for name in ("num_envs", "budget_tokens", "budget_seconds")}
+    return {name: value for name, value in others.items() if value is not None} | (cell.get("config") or {})
+
+
+def _differing(dicts: Iterable[dict[str, Any]]) -> list[str]:
+    """Names whose value is not the same in all."""
+    dicts = list(dicts)
+    names = {name: None for each in dicts for name in each}
+    return [name for name in names if len({json.dumps(each.get(name)) for each in dicts}) > 1]
+
+
+def _task(cell: Mapping[str, Any]) -> Task:
+    return Task(cell["task"], cell["kl_coef"])
+
+
+def _task_order(task: Task) -> tuple[Any, ...]:
+    """The sharp coefficients of all tasks, then the soft ones: a table of half as many columns is then one of a kind."""
+    if task.kl_coef in TASKS.get(task.name, ()):
+        return (TASKS[task.name].index(task.kl_coef), list(TASKS).index(task.name), task)
+    return (len(TASKS), 0, task)
+
+
+def _relative_scale(cells: Sequence[tuple[str, Mapping[str, Any]]]) -> tuple[float, float]:
+    """Objective of the reference and the best mean over an agent's runs."""
+    starts, ends = [], {}
+    for label, cell in cells:
+        for point in cell.get("curve") or []:
+            # Where an agent has not moved yet; one that does not begin at the reference has a KL from the first.
+            if point.get("tokens") == 0 and abs(point.get("kl") or 0.0) < 1e-3:
+                starts.append(_objective(point, cell["kl_coef"]))
+        if cell.get("status") == "ok":
+            ends.setdefault(label, []).append(_objective(cell.get("metrics") or {}, cell["kl_coef"]))
+    starts = [value for value in starts if math.isfinite(value)]
+    best = max((np.nanmean(values) for values in ends.values() if np.isfinite(values).any()), default=math.nan)
+    zero = float(np.mean(starts)) if starts else 0.0
+    return zero, float(best) if best > zero else zero + 1.0
+
+
+def _run(label: str, cell: dict[str, Any], timing: Mapping[str, Any] | None, zero: float, one: float) -> Run:
+    metrics = cell.get("metrics") or {}
+
+    def score(record: Mapping[str, Any]) -> float:
+        value = _number(record, "normalised")
+        return value if math.isfinite(value) else (_objective(record, cell["kl_coef"]) - zero) / (one - zero)
+
+    points = [(point.get("tokens"), score(point)) for point in cell.get("curve") or []]
+    seconds = (timing or {}).get("curve_seconds")
+    seconds = list(seconds) if seconds and len(seconds) == len(points) else None
+    total = _number((timing or {}).get("seconds"), "total")
+    last = score(metrics)
+    failure = cell.get("failure") if cell.get("status", "ok") != "ok" else None
+    if failure is None and (cell.get("status", "ok") != "ok" or not math.isfinite(last)):
+        failure = "nan"
+    if failure is not None:
+        seen = [value for _, value in points if math.isfinite(value)] + [last] * math.isfinite(last)
+        last = min(0.0, seen[-1]) if seen else 0.0
+    whole = [i for i, (_, value) in enumerate(points) if math.isfinite(value)]
+    return Run(
+        label, _task(cell), cell["seed"], failure, last,
+        np.array([points[i][0] for i in whole], dtype=float), np.array([points[i][1] for i in whole], dtype=float),
+        None if seconds is None else np.array([seconds[i] for i in whole], dtype=float), total, cell,
+    )  # fmt: skip
+
+
+def _objective(record: Mapping[str, Any], kl_coef: float) -> float:
+    """E[score] - beta KL of a curve's point or of an evaluation, NaN where it is not there."""
+    value = _number(record, "objective")
+    if not math.isfinite(value):
+        penalty = kl_coef * _number(record, "kl") if kl_coef else 0.0
+        value = _number(record, "score" if "score" in record else "reward") - penalty
+    return value
+
+
+def _number(record: Mapping[str, Any] | None, name: str) -> float:
+    value = (record or {}).get(name)
+    return float(value) if isinstance(value, int | float) else math.nan
