@@ -19,7 +19,7 @@ from torch import Tensor
 
 from rlhf_gym.kl import estimate_kl, k3
 
-LossMode = Literal["token_mean", "sequence_mean", "sequence_sum"]
+LossMode = Literal["token_mean", "sequence_mean", "sequence_sum", "constant"]
 
 
 def _check(mask: Tensor, **tensors: Tensor) -> None:
@@ -270,7 +270,8 @@ def loss_normaliser(mask: Tensor, mode: LossMode = "token_mean") -> Tensor:
 
     Args:
         mask: True on real tokens, of the whole batch. Shape (B, R), bool.
-        mode: "token_mean" counts the real tokens; "sequence_mean" and "sequence_sum" count the rows.
+        mode: "token_mean" counts the real tokens; "sequence_mean" and "sequence_sum" count the rows; "constant" is
+            B * R, so R must be the longest that a response may be, not the longest that there is.
 
     Returns:
         The count, at least 1. Shape (), int64.
@@ -285,8 +286,9 @@ def loss_normaliser(mask: Tensor, mode: LossMode = "token_mean") -> Tensor:
     _check(mask)
     if mode not in get_args(LossMode):
         raise ValueError(f"The loss mode must be one of {', '.join(get_args(LossMode))}; got {mode!r}.")
-    count = mask.sum() if mode == "token_mean" else torch.tensor(mask.shape[0], device=mask.device)
-    return count.clamp(min=1)
+    if mode == "token_mean":
+        return mask.sum().clamp(min=1)
+    return torch.tensor(mask.numel() if mode == "constant" else mask.shape[0], device=mask.device).clamp(min=1)
 
 
 def aggregate_loss(
@@ -297,8 +299,8 @@ def aggregate_loss(
     token_mean: sum over all real tokens / their number; every token weighs the same (PPO, DAPO).
     sequence_mean: mean over the rows of the row's mean; a token weighs 1 / length (GRPO as published), so in a policy
     loss long bad responses are punished less per token.
-    sequence_sum: sum over the tokens / number of rows; the unbiased policy gradient of whole responses (RLOO). With
-    ``normaliser=rows * max_response_tokens`` it is Dr. GRPO's constant.
+    sequence_sum: sum over the tokens / number of rows; the unbiased policy gradient of whole responses (RLOO).
+    constant: sum over the tokens / (B * R), which does not depend on the lengths either (Dr. GRPO).
 
     Gradient accumulation: a mean of micro-batch means is *not* the batch's mean when token counts differ. So take
     ``normaliser = loss_normaliser(mask_of_the_whole_batch, mode)`` once and pass it with each micro-batch; the losses
@@ -307,7 +309,7 @@ def aggregate_loss(
     Args:
         per_token: Loss of each token. Shape (B, R), float32.
         mask: True on real tokens. Shape (B, R), bool.
-        mode: "token_mean", "sequence_mean" or "sequence_sum".
+        mode: "token_mean", "sequence_mean", "sequence_sum" or "constant".
         normaliser: What to divide by. None is this batch's own ``loss_normaliser(mask, mode)``.
 
     Returns:
@@ -321,8 +323,9 @@ def aggregate_loss(
 
     Example:
         >>> loss, mask = torch.tensor([[1., 3.], [8., 0.]]), torch.tensor([[True, True], [True, False]])
-        >>> [aggregate_loss(loss, mask, mode).item() for mode in ("token_mean", "sequence_mean", "sequence_sum")]
-        [4.0, 5.0, 6.0]
+        >>> modes = ("token_mean", "sequence_mean", "sequence_sum", "constant")
+        >>> [aggregate_loss(loss, mask, mode).item() for mode in modes]
+        [4.0, 5.0, 6.0, 3.0]
     """
     _check(mask, per_token=per_token)
     if normaliser is None or mode not in get_args(LossMode):
@@ -363,12 +366,17 @@ def policy_loss_clipped(
     *,
     clip_range: float | tuple[float, float] = 0.2,
     dual_clip: float | None = None,
+    importance_level: Literal["token", "sequence"] = "token",
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """PPO's clipped surrogate, per token.
 
     loss = max(-A ratio, -A clip(ratio, 1 - low, 1 + high)), ratio = pi(a|s) / pi_old(a|s); with ``dual_clip`` c and
     A < 0 not more than -A c. The gradient is 0 where A > 0 and ratio > 1 + high, where A < 0 and ratio < 1 - low, and,
     with dual clip, where A < 0 and ratio > c; elsewhere it is -A ratio grad(log pi). At ratio 1 it is REINFORCE's.
+
+    With ``importance_level="sequence"`` every token has its response's ratio (pi(y) / pi_old(y))^(1/|y|), the geometric
+    mean of its tokens' (GSPO, with one advantage per response and the mode "sequence_mean"). It is 1/|y| as sensitive:
+    clip ranges are far smaller.
 
     Args:
         logprobs: Log-probabilities under the policy as it is now, with gradient. Shape (B, R), float32.
@@ -377,6 +385,7 @@ def policy_loss_clipped(
         mask: True on real tokens. Shape (B, R), bool.
         clip_range: One number for both sides, or (low, high), each >= 0 and low <= 1 (DAPO: (0.2, 0.28)).
         dual_clip: None (off), or c > 1 + high: bounds the loss of an unlikely bad token whose ratio explodes.
+        importance_level: "token" or "sequence".
 
     Returns:
         The loss of each token, 0 where ``mask`` is False, shape (B, R); and scalars for the log, without gradient:
@@ -384,10 +393,11 @@ def policy_loss_clipped(
         ``approx_kl`` (see `approx_kl`) and ``ratio`` (its mean; 1 in expectation while the samples are fresh).
 
     Raises:
-        ValueError: If the shapes differ, or clip_range or dual_clip is not as above.
+        ValueError: If the shapes differ, or clip_range, dual_clip or importance_level is not as above.
 
     Source:
-        Schulman et al. 2017, eq. 7; Ye et al. 2020, eq. 5 (dual clip); Yu et al. 2025, eq. 10 (two-sided range).
+        Schulman et al. 2017, eq. 7; Ye et al. 2020, eq. 5 (dual clip); Yu et al. 2025, eq. 10 (two-sided range); Zheng
+        et al. 2025, eq. 5 and 7 (GSPO).
 
     Example:
         >>> logprobs, old = torch.tensor([[0.5, 0.0]]).log(), torch.tensor([[0.25, 0.0]]).log()
@@ -398,7 +408,12 @@ def policy_loss_clipped(
     low, high = _clip_bounds(clip_range)
     if dual_clip is not None and not 1 + high < dual_clip < math.inf:
         raise ValueError(f"dual_clip must be None or more than 1 + clip_range ({1 + high:g}), got {dual_clip!r}.")
+    if importance_level not in ("token", "sequence"):
+        raise ValueError(f"importance_level must be 'token' or 'sequence', got {importance_level!r}.")
     log_ratio = _real(logprobs, mask) - _real(old_logprobs, mask)
+    if importance_level == "sequence":
+        of_response = log_ratio.sum(dim=1, keepdim=True) / mask.sum(dim=1, keepdim=True).clamp(min=1)
+        log_ratio = _real(of_response.expand_as(log_ratio), mask)
     ratio = log_ratio.detach().exp()
 
     # Where the gradient stops, the ratio's bound stands in *before* the exp: min() and max() after it would give the

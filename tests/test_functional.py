@@ -168,10 +168,10 @@ def test_aggregation_by_hand():
     assert F.aggregate_loss(loss, mask, "token_mean") == 20 / 5
     assert F.aggregate_loss(loss, mask, "sequence_mean") == (2.5 + 10) / 2
     assert F.aggregate_loss(loss, mask, "sequence_sum") == (10 + 10) / 2
-    assert F.aggregate_loss(loss, mask, "sequence_sum", normaliser=2 * 4) == 20 / 8  # Dr. GRPO
+    assert F.aggregate_loss(loss, mask, "constant") == 20 / (2 * 4)
 
 
-@pytest.mark.parametrize("mode", ["token_mean", "sequence_mean", "sequence_sum"])
+@pytest.mark.parametrize("mode", ["token_mean", "sequence_mean", "sequence_sum", "constant"])
 def test_gradient_accumulation_equals_one_batch(mode):
     mask, weights, x, _ = random_batch(7)
     parameter = torch.tensor(0.3, dtype=torch.float64, requires_grad=True)
@@ -217,6 +217,23 @@ def test_clipped_loss_and_its_gradient(advantage, clip_range, dual_clip):
     outside = sum(ratio < 1 - low or ratio > 1 + high for ratio in RATIOS)
     assert stats["clip_fraction"].item() == pytest.approx(outside / len(RATIOS))
     assert stats["ratio"].item() == pytest.approx(sum(RATIOS) / len(RATIOS))
+
+
+def test_ratios_of_sequences():
+    """Two responses of two tokens and one; ratios (4 * 1/9)^(1/2) = 2/3 and 3/2; the gradient is A ratio / length."""
+    mask = torch.tensor([[True, True], [True, False]])
+    logprobs = torch.tensor([[4.0, 1 / 9], [1.5, 7.0]], dtype=torch.float64).log().requires_grad_()
+    advantages = torch.tensor([[2.0, 2.0], [-2.0, torch.nan]], dtype=torch.float64)
+    old = torch.zeros_like(logprobs)
+    loss, stats = F.policy_loss_clipped(logprobs, old, advantages, mask, clip_range=0.6, importance_level="sequence")
+    assert loss.flatten().tolist() == pytest.approx([-4 / 3, -4 / 3, 3.0, 0.0], abs=1e-12)
+    assert stats["ratio"].item() == pytest.approx((2 / 3 + 2 / 3 + 3 / 2) / 3) and stats["clip_fraction"] == 0
+    (gradient,) = torch.autograd.grad(F.aggregate_loss(loss, mask, "sequence_mean"), logprobs)
+    assert gradient.flatten().tolist() == pytest.approx([-4 / 3 / 4, -4 / 3 / 4, 3.0 / 2, 0.0], abs=1e-12)
+    # By tokens 4 is out of range upwards, and 1/9 is pulled up all the same.
+    by_token, stats = F.policy_loss_clipped(logprobs, old, advantages, mask, clip_range=0.6)
+    assert by_token.flatten().tolist() == pytest.approx([-3.2, -2 / 9, 3.0, 0.0], abs=1e-12)
+    assert stats["clip_fraction"].item() == pytest.approx(2 / 3)
 
 
 def test_first_minibatch_is_reinforce():
@@ -283,6 +300,7 @@ def test_entropy():
 
 LOSSES = {
     "policy": lambda mask, a, b, c: F.policy_loss_clipped(a, b, c, mask, clip_range=CLIP, dual_clip=3.0)[0],
+    "policy of sequences": lambda mask, a, b, c: F.policy_loss_clipped(a, b, c, mask, importance_level="sequence")[0],
     "value": lambda mask, a, b, c: F.value_loss_clipped(a, b, c, mask, clip_range_vf=CLIP)[0],
     "entropy": lambda mask, a, b, c: F.entropy_from_logits(torch.stack([a, b, c], -1), mask),
     "gae": lambda mask, a, b, c: F.gae(a, b, mask),
@@ -559,9 +577,11 @@ def test_refusals():
             F.policy_loss_clipped(a, b, c, mask, clip_range=clip_range)
     with pytest.raises(ValueError, match="dual_clip must be"):
         F.policy_loss_clipped(a, b, c, mask, dual_clip=1.1)
+    with pytest.raises(ValueError, match="importance_level must be .* got 'word'"):
+        F.policy_loss_clipped(a, b, c, mask, importance_level="word")
     with pytest.raises(ValueError, match="clip_range_vf must be"):
         F.value_loss_clipped(a, b, c, mask, clip_range_vf=0.0)
-    with pytest.raises(ValueError, match="token_mean, sequence_mean, sequence_sum; got 'mean'"):
+    with pytest.raises(ValueError, match="token_mean, sequence_mean, sequence_sum, constant; got 'mean'"):
         F.aggregate_loss(a, mask, "mean", normaliser=3)
     with pytest.raises(ValueError, match="group_size must be .* got 4"):
         F.group_advantages(a[:, 0], 4)
