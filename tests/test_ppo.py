@@ -499,6 +499,24 @@ def test_whitened_advantage_scale_has_the_scores_spread_as_floor():
     assert len(scaled) == mask.sum() and scaled.std() < 0.02 and abs(scaled.mean()) < 1e-6
 
 
+def test_the_critic_learns_returns_that_are_not_whitened():
+    """Before the first step G - V is the advantage itself: the value loss is half the mean of its square, unscaled."""
+    agent = PPO(envs(), seed=0, learning_rate=0.0, num_epochs=1, num_minibatches=1, gae_lambda=0.5)
+    agent.policy.value_head.weight.data.normal_(generator=torch.Generator().manual_seed(0))
+    rollout = agent.collector.collect()
+    agent.total_timesteps, advantages = 1, []
+    for mask, rewards, values in zip(
+        rollout.batch.response_mask, rollout.batch.rewards, rollout.batch.values, strict=True
+    ):
+        r, v = rewards[mask].tolist(), [*values[mask].tolist(), 0.0]
+        deltas = [r[t] + v[t + 1] - v[t] for t in range(len(r))]
+        advantages += [sum(0.5**k * delta for k, delta in enumerate(deltas[t:])) for t in range(len(r))]
+    unscaled = 0.5 * np.square(advantages).mean()
+    whitened = 0.5 * np.square(np.array(advantages) - np.mean(advantages)).mean() / np.var(advantages)
+    assert agent.update(rollout)["train/value_loss"] == pytest.approx(unscaled, rel=1e-4)
+    assert abs(unscaled - whitened) > 0.1 * unscaled
+
+
 def test_trains_on_any_vector_env_of_text():
     """Gymnasium's own SyncVectorEnv knows nothing of us: the agent steps it, and learns."""
     sync = gym.make_vec(
