@@ -57,12 +57,13 @@ def run_cells(
                 busy[connection] = process, index
                 with contextlib.suppress(BrokenPipeError):  # it has died while idle, which is met below
                     connection.send(keys[index])
-            for connection in wait(list(busy)):
-                process, index = busy.pop(connection)
+            ready: Any
+            for ready in wait(list(busy)):
+                process, index = busy.pop(ready)
                 key = keys[index]
                 try:
-                    finished, result = connection.recv()
-                    idle.append((connection, process))
+                    finished, result = ready.recv()
+                    idle.append((ready, process))
                 except (EOFError, ConnectionResetError):
                     process.join()
                     deaths[index] += 1
@@ -98,6 +99,7 @@ def _work(connection: Connection, function: Callable[..., Any]) -> None:
     threading.Thread(target=_exit_with_parent, daemon=True).start()
     while True:
         key = connection.recv()
+        answer: tuple[bool, Any]
         try:
             answer = True, _on_one_thread(function, key)
         except Exception as error:

@@ -1,0 +1,85 @@
+"""Agents and their settings by name: ours, anybody's ``module:Class``, and every algorithm of Stable-Baselines3."""
+
+from __future__ import annotations
+
+import difflib
+import functools
+import importlib
+import os
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from rlhf_gym.agents import AGENTS
+from rlhf_gym.cli.setup import parse_config
+
+
+def load_agent(name: str) -> Callable[..., Any]:
+    """What makes an agent: ``load_agent(name)(envs, policy=model, seed=0, **config)``.
+
+    Args:
+        name: One of `AGENTS`, "module:Class" or "path/to/file.py:Class". The class has ``learn(total_timesteps,
+            callback=None)`` and ``predict(observation)``, and better a ``policy_model`` too, a causal language model: without
+            it the KL is unknown. An algorithm of Stable-Baselines3 (a subclass of ``BaseAlgorithm``) gets our adapter.
+
+    Raises:
+        ValueError: If there is no such agent, or the class lacks a method.
+    """
+    if name not in AGENTS and ":" not in name:
+        near = difflib.get_close_matches(name, AGENTS, n=1)
+        hint = f"; did you mean {near[0]!r}?" if near else ""
+        raise ValueError(f'--agents takes {", ".join(AGENTS)} or "module:Class", got {name!r}{hint}')
+    place, _, attribute = AGENTS.get(name, name).rpartition(":")
+    found = getattr(_import(place, name), attribute, None)
+    if not callable(found):
+        raise ValueError(f"--agents {name}: there is no class {attribute!r} in {place}")
+    # Only whoever defines such a class has imported Stable-Baselines3, which takes seconds.
+    sb3 = sys.modules.get("stable_baselines3.common.base_class")
+    if sb3 is not None and isinstance(found, type) and issubclass(found, sb3.BaseAlgorithm):
+        from rlhf_gym.agents import SB3Agent
+
+        return functools.partial(SB3Agent, algorithm=found)
+    for method in ("learn", "predict"):
+        if isinstance(found, type) and not callable(getattr(found, method, None)):
+            raise ValueError(f"--agents {name}: an agent has the methods learn and predict, this one lacks {method}")
+    return found
+
+
+def _import(place: str, name: str) -> Any:
+    path = Path(place).expanduser()
+    if place.endswith(".py") and not path.is_file():
+        raise ValueError(f"--agents {name}: there is no file {place!r} here ({Path.cwd()})")
+    # Console scripts, unlike `python -m`, do not look in the working directory; at the end, so that nothing is hidden.
+    folder, module = (str(path.resolve().parent), path.stem) if place.endswith(".py") else (os.getcwd(), place)
+    if folder not in sys.path:
+        sys.path.append(folder)
+    try:
+        return importlib.import_module(module)
+    except ModuleNotFoundError as error:
+        if error.name != module.partition(".")[0] and error.name != module:
+            raise  # an import inside it, which is the author's to see as it is
+        raise ValueError(f"--agents {name}: there is no module {module!r} on the Python path or here") from None
+
+
+def settings_of(agents: Sequence[str], pairs: Sequence[str]) -> dict[str, dict[str, Any]]:
+    """Settings of each agent from ``name=value`` (all agents) and ``agent.name=value`` (that one).
+
+    Raises:
+        ValueError: If a pair is neither.
+    """
+    settings: dict[str, dict[str, Any]] = {agent: {} for agent in agents}
+    for own in (False, True):  # what is said of one agent counts more than what is said of all
+        for pair in pairs:
+            owners = [agent for agent in agents if pair.startswith(f"{agent}.")]
+            if bool(owners) != own:
+                continue
+            owner = max(owners, key=len) if owners else None
+            rest = pair if owner is None else pair[len(owner) + 1 :]
+            if "." in rest.partition("=")[0]:
+                raise ValueError(
+                    f"--config {pair}: takes name=value, or agent.name=value with one of the agents {', '.join(agents)}"
+                )
+            for agent in agents if owner is None else [owner]:
+                settings[agent] |= parse_config((rest,))
+    return settings
