@@ -6,13 +6,14 @@ import gymnasium as gym
 import numpy as np
 import pytest
 import torch
-from exact_worlds import random_world
+from exact_worlds import random_world, response_ids
 from worlds import make_envs
 
-from rlhf_gym.exact import best_of_n, certificate, frontier, plugin_objective, solve
+from rlhf_gym.exact import best_of_n, certificate, evaluate, frontier, plugin_objective, solve, tabular_policy
 from rlhf_gym.exact.samples import best_of_n_of, score_distribution
 from rlhf_gym.exact.solve import process_of, solve_graph, task_graph
 from rlhf_gym.exact.tree import prefix_tree
+from rlhf_gym.lm import response_logprobs
 
 # beta: J*, E[r], KL, each to 5 digits.
 WOAINI = {
@@ -133,6 +134,28 @@ def test_values_follow_the_token_form(woaini):
     assert solution.values[0][solution.graph.roots[0]] == solution.objective
     for t in range(len(solution.graph.layers)):
         np.testing.assert_allclose(np.exp(solution.logprobs(t)).sum(1), 1, atol=1e-12)
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_token_form_by_enumeration(seed):
+    """F2 and F3: pi* of each token, given what came before, is the share of pi* of the whole responses that go on so;
+    and V(s_0) = J*."""
+    world, beta = random_world(seed), 0.4
+    objective, _, _, optimum = world.optimum(beta)
+    solution = solve(world.env, beta)
+    graph, vocabulary = solution.graph, world.env.tokenizer.get_vocab()
+    np.testing.assert_allclose(solution.values[0][graph.roots], objective, atol=2e-6)
+    for p, policy in enumerate(optimum):
+        mass: dict[tuple[str, ...], float] = {}
+        for response, probability in zip(world.responses, policy, strict=True):
+            for t in range(len(response) + 1):
+                mass[response[:t]] = mass.get(response[:t], 0.0) + probability
+        for response, probability in zip(world.responses, policy, strict=True):
+            node = graph.roots[p]
+            for t, word in enumerate(response if probability else ()):
+                expected = np.log(mass[response[: t + 1]] / mass[response[:t]])
+                assert solution.logprobs(t)[node, vocabulary[word]] == pytest.approx(expected, abs=2e-5)
+                node = graph.layers[t].children[node, vocabulary[word]]
 
 
 def test_gold_rises_and_falls():
@@ -256,6 +279,25 @@ def test_certificate_is_zero_at_the_optimum_only(seed):
         assert found.objective == pytest.approx(objective[p], abs=1e-9)
         if np.ptp(scores) > 0:
             assert certificate(scores, ref, ref, kl_coef=beta).low > 0 or len(scores) < 8
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_certificate_of_any_policy(seed):
+    """F6 and F1 without sampling noise: S has the mean J under every policy, and varies under all but the optimum."""
+    world, beta = random_world(seed), 0.4
+    ids, mask = (torch.from_numpy(x) for x in response_ids(world))
+    random_policy = tabular_policy(world.env)
+    random_policy.lm_head.residual.data.normal_(generator=torch.Generator().manual_seed(seed))
+    for policy, is_optimal in ((random_policy, False), (solve(world.env, beta).policy, True)):
+        found = evaluate(policy, world.env, beta)
+        for p, prompt in enumerate(world.env.prompts):
+            real = world.prob[p] > 0
+            logprobs = response_logprobs(policy, [prompt.ids] * len(ids), ids, mask).double().sum(1).numpy()[real]
+            s = world.score[p][real] - beta * (logprobs - np.log(world.prob[p][real]))
+            mean = np.exp(logprobs) @ s
+            variance = np.exp(logprobs) @ (s - mean) ** 2
+            assert found.objectives[p] == pytest.approx(mean, abs=1e-5)
+            assert variance < 1e-9 if is_optimal or real.sum() == 1 else variance > 1e-4
 
 
 def test_certificate_numbers():
