@@ -10,6 +10,7 @@ from typing import Any
 AGENTS = {
     "ppo": "rlhf_gym.agents.ppo:PPO",
     "trpo": "rlhf_gym.agents.trpo:TRPO",
+    "vargrad": "rlhf_gym.agents.vargrad:VarGrad",
     "sb3-ppo": "rlhf_gym.agents.sb3:SB3PPO",
     "a2c": "rlhf_gym.agents.sb3:A2C",
 }
@@ -19,6 +20,7 @@ _LAZY = {path.partition(":")[2]: path for path in AGENTS.values()} | {
     "GymVectorToSB3": "rlhf_gym.agents.sb3:GymVectorToSB3",
     "PPOConfig": "rlhf_gym.agents.ppo:PPOConfig",
     "SB3Agent": "rlhf_gym.agents.sb3:SB3Agent",
+    "VarGradConfig": "rlhf_gym.agents.vargrad:VarGradConfig",
 }
 __all__ = ["AGENTS", *_LAZY]
 

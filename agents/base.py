@@ -129,6 +129,9 @@ class Agent:
             group["initial_lr"] = group["lr"]  # what schedules multiply
         return torch.optim.AdamW(groups, betas=(0.9, 0.999), eps=1e-5, weight_decay=0.0)
 
+    def before_rollout(self) -> None:
+        """What an algorithm does before each rollout is sampled: set its policy up, or refuse the environment."""
+
     def update(self, rollout: Rollout) -> dict[str, float]:
         """Learn from one rollout; returns metrics. The algorithm."""
         raise NotImplementedError
@@ -167,6 +170,7 @@ class Agent:
         with Progress(self.total_timesteps, self.num_timesteps, show=progress_bar) as progress:
             while self.num_timesteps < self.total_timesteps:
                 progress.start_rollout()
+                self.before_rollout()
                 # The first reset takes the seed; later ones go on in the rows' orders of prompts.
                 rollout = self.collector.collect(progress.tokens, seed=None if self._started else self.seed)
                 self._started = True

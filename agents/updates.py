@@ -117,6 +117,21 @@ def training_logprobs(agent: Agent, batch: Batch) -> tuple[Batch, float]:
     return replace(batch, logprobs=logprobs, values=values), mismatch
 
 
+def positive_kl_coef(agent: Agent) -> float:
+    """The environment's ``kl_coef``, for algorithms that mean nothing without a KL penalty.
+
+    Raises:
+        ValueError: If it is 0, or the environment has none.
+    """
+    kl_coef = getattr(agent.envs.unwrapped, "kl_coef", 0.0)
+    if not kl_coef > 0:
+        raise ValueError(
+            f"{type(agent).__name__} needs an environment with kl_coef > 0, got {kl_coef:g}: without a KL penalty its "
+            "loss has no meaning; make the environment with model= and kl_coef=0.05, say"
+        )
+    return kl_coef
+
+
 def train_metrics(found: dict[str, float], mismatch: float = 0.0) -> dict[str, float]:
     """What `optimise` found under the names that metrics have: ``train/loss``, ``train/n_updates`` and so on."""
     renamed = {"policy_loss": "policy_gradient_loss", "num_steps": "n_updates"}
