@@ -9,6 +9,7 @@ from typing import Any
 # import.
 AGENTS = {
     "ppo": "rlhf_gym.agents.ppo:PPO",
+    "grpo": "rlhf_gym.agents.grpo:GRPO",
     "trpo": "rlhf_gym.agents.trpo:TRPO",
     "vargrad": "rlhf_gym.agents.vargrad:VarGrad",
     "sb3-ppo": "rlhf_gym.agents.sb3:SB3PPO",
@@ -18,6 +19,7 @@ _LAZY = {path.partition(":")[2]: path for path in AGENTS.values()} | {
     "Agent": "rlhf_gym.agents.base:Agent",
     "AnnounceLogprobs": "rlhf_gym.agents.sb3:AnnounceLogprobs",
     "GymVectorToSB3": "rlhf_gym.agents.sb3:GymVectorToSB3",
+    "GRPOConfig": "rlhf_gym.agents.grpo:GRPOConfig",
     "PPOConfig": "rlhf_gym.agents.ppo:PPOConfig",
     "SB3Agent": "rlhf_gym.agents.sb3:SB3Agent",
     "VarGradConfig": "rlhf_gym.agents.vargrad:VarGradConfig",
