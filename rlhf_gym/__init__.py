@@ -31,8 +31,8 @@ register_environments()
 
 
 def __getattr__(name: str) -> Any:
-    if name == "exact":
-        return importlib.import_module("rlhf_gym.exact")
+    if name in ("exact", "wrappers"):
+        return importlib.import_module(f"rlhf_gym.{name}")
     if name in _LAZY:
         return getattr(importlib.import_module(_LAZY[name]), name)
     raise AttributeError(f"module 'rlhf_gym' has no attribute {name!r}")

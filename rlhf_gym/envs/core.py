@@ -379,6 +379,21 @@ class TextGenerationProcess:
             return torch.ones(self.num_rows, self.vocab_size, dtype=torch.bool, device=self.device)
         return mask | self.ended[:, None]
 
+    @torch.no_grad()
+    def next_ref_logprobs(self) -> Tensor:
+        """log pi_ref of every token that may come next, in nats: -inf where forbidden, anything in rows that have
+        ended. Shape (N, V), float32."""
+        logits = self._reference_logits(~self.ended)
+        return self.token_filter.logprobs(logits, self._mask(logits))
+
+    @torch.no_grad()
+    def last_ref_hidden(self) -> Tensor:
+        """The input of the reference's LM head at each row's last token, ended rows included; zeros in rows that were
+        never reset. Shape (N, d), float32."""
+        begun = self.lengths > 0
+        self._reference_logits(begun)
+        return torch.where(begun[:, None], self._engine.last_hidden.float(), 0.0)
+
     @property
     def forbids_tokens(self) -> bool:
         """Whether any action mask can be other than all True."""
