@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import copy
+import difflib
+import functools
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,24 +14,15 @@ import numpy as np
 import torch
 
 from rlhf_gym.envs.episodes import evaluate_responses
-from rlhf_gym.envs.prompts import read_prompts
+from rlhf_gym.envs.prompts import Prompt, read_prompts
 from rlhf_gym.envs.scoring import Scorer
+from rlhf_gym.intervals import Estimate, mean_estimate, share_estimate
 from rlhf_gym.lm import generate, make_engine
-from rlhf_gym.rewards import as_reward
+from rlhf_gym.rewards import as_reward, perplexity
+from rlhf_gym.rewards.overlap import references_of
+from rlhf_gym.text_metrics import diversity, perplexity_estimate, reference_overlap
 
-
-@dataclass(frozen=True)
-class Estimate:
-    """A mean with its 95 % confidence interval; the two ends are None when one prompt alone says nothing about others."""
-
-    mean: float
-    low: float | None
-    high: float | None
-    standard_error: float | None
-
-    def __str__(self) -> str:
-        text = f"{self.mean:.3f}" if self.high is None else f"{self.mean:.3f} ± {self.high - self.mean:.3f}"
-        return text.replace("-0.000", "0.000")
+REFERENCE_COLUMN = "reference"
 
 
 @dataclass(frozen=True)
@@ -52,6 +45,10 @@ class Evaluation:
     """Which prompt each response answers."""
     samples: list[dict[str, Any]]
     """Prompt, response and numbers of each episode, JSON-able."""
+    references: list[list[str] | None] | None = None
+    """Reference texts of each prompt, None where it has none; None when no prompt has."""
+    fluency: tuple[np.ndarray, np.ndarray] | None = None
+    """Under an independent language model: log-probability of each response in nats, and its tokens there."""
 
     @property
     def score(self) -> Estimate:
@@ -63,24 +60,65 @@ class Evaluation:
 
         Responses to one prompt are alike, so each prompt counts once, with its mean; NaN entries are left out.
         """
-        from scipy.stats import t
+        return mean_estimate(values, self.prompt_index)
 
-        known = ~np.isnan(values)
-        groups = [values[known & (self.prompt_index == i)] for i in np.unique(self.prompt_index[known])]
-        means = np.array([group.mean() for group in groups])
-        if len(means) < 2:
-            return Estimate(float(means.mean()) if len(means) else math.nan, None, None, None)
-        mean, error = float(means.mean()), float(means.std(ddof=1) / math.sqrt(len(means)))
-        half = float(t.ppf(0.975, len(means) - 1)) * error
-        return Estimate(mean, mean - half, mean + half, error)
+    @functools.cached_property
+    def texts(self) -> dict[str, Estimate]:
+        """Metrics of the texts, from ``samples``; empty without them.
+
+        ``share_without_eos``, ``distinct_1`` to ``distinct_3``, ``self_bleu``, ``repeated_bigrams``; where prompts have
+        references ``bleu`` and ``chrf`` (if sacrebleu is installed) and ``rouge_l``; ``perplexity`` where a model for it
+        was given. What each means is said in :mod:`rlhf_gym.text_metrics`.
+        """
+        if not self.samples:
+            return {}
+        responses = [sample["response"] for sample in self.samples]
+        found = {"share_without_eos": share_estimate(~self.ended_by_eos, self.prompt_index)}
+        found |= diversity(responses, self.prompt_index)
+        if self.references is not None:
+            rows = [row for row, references in enumerate(self.references) if references is not None]
+            known = [references for references in self.references if references is not None]
+            found |= reference_overlap([responses[row] for row in rows], known, self.prompt_index[rows])
+        if self.fluency is not None:
+            found["perplexity"] = perplexity_estimate(*self.fluency, self.prompt_index)
+        return found
+
+    def against(self, baseline: Evaluation) -> dict[str, Estimate]:
+        """``wins``, ``ties`` and ``losses`` against another policy on the same episodes: shares, which sum to 1.
+
+        Episode i of the one is compared with episode i of the other; scores that differ by less than a millionth are a
+        tie.
+
+        Raises:
+            ValueError: If the two did not answer the same prompts in the same order.
+        """
+        if not self.is_paired_with(baseline):
+            raise ValueError(
+                "baseline must answer the same prompts in the same order; evaluate both with the same arguments"
+            )
+        scale = np.maximum(1.0, np.maximum(np.abs(self.scores), np.abs(baseline.scores)))
+        difference = np.where(np.abs(self.scores - baseline.scores) <= 1e-6 * scale, 0.0, self.scores - baseline.scores)
+        shares = {"wins": difference > 0, "ties": difference == 0, "losses": difference < 0}
+        return {name: share_estimate(happened, self.prompt_index) for name, happened in shares.items()}
+
+    def is_paired_with(self, other: Evaluation) -> bool:
+        """Whether both answer the same prompts in the same order."""
+        same = np.array_equal(self.prompt_index, other.prompt_index)
+        return same and [s["prompt"] for s in self.samples] == [s["prompt"] for s in other.samples]
 
     def summary(self) -> dict[str, Any]:
-        """The numbers, JSON-able: ``{name: {mean, low, high, standard_error}}`` and counts."""
+        """The numbers, JSON-able: ``{name: {mean, low, high, standard_error}}`` and counts; ``text/<name>`` is of `texts`."""
         numbers = {"score": self.scores, **{f"score/{name}": term for name, term in self.terms.items()}, **self.others}
         numbers |= {} if self.kl is None else {"kl": self.kl}
         numbers |= {"length": self.lengths, "eos_share": self.ended_by_eos.astype(np.float64)}
-        estimates = {name: _finite(vars(self.estimate(values))) for name, values in numbers.items()}
+        estimates = {name: as_json(self.estimate(values)) for name, values in numbers.items()}
+        estimates |= {f"text/{name}": as_json(estimate) for name, estimate in self.texts.items()}
         return {"num_episodes": len(self.scores), "num_prompts": len(np.unique(self.prompt_index)), **estimates}
+
+
+def as_json(estimate: Estimate) -> dict[str, float | None]:
+    """An estimate as plain numbers, None for what is not known."""
+    return _finite(vars(estimate))
 
 
 def _finite(numbers: Mapping[str, float | None]) -> dict[str, float | None]:
@@ -97,6 +135,8 @@ def evaluate(
     seed: int = 0,
     greedy: bool = False,
     others: Mapping[str, Any] | None = None,
+    reference_column: str | None = None,
+    perplexity_model: Any = None,
     num_rows: int = 64,
     progress: Callable[[int], object] | None = None,
 ) -> Evaluation:
@@ -111,6 +151,10 @@ def evaluate(
             difference less noisy.
         greedy: Take the likeliest token each time instead of a sample.
         others: Further rewards to report beside the score, by name: whatever ``as_reward`` takes.
+        reference_column: Column of the prompts with reference texts, for BLEU, chrF and ROUGE-L: in each row a string,
+            a list of them, or None. None takes the column "reference" where there is one.
+        perplexity_model: An independent language model that says how fluent the texts are, as
+            :func:`rlhf_gym.rewards.perplexity` takes it; None for no such figure.
         num_rows: Responses that are generated at once, at most.
         progress: Called with the number of new tokens after each step.
 
@@ -125,6 +169,8 @@ def evaluate(
     num_episodes = len(process.prompts) if num_episodes is None else num_episodes
     if num_episodes < 1:
         raise ValueError(f"num_episodes must be >= 1, got {num_episodes}")
+    references = _read_references(process.prompts, reference_column)
+    judge = None if perplexity_model is None else perplexity(perplexity_model)
     index = np.arange(num_episodes) % len(process.prompts)
     chosen = [process.prompts[i] for i in index]
     num_rows = min(num_rows, num_episodes)
@@ -178,7 +224,46 @@ def evaluate(
         }
         for b, (prompt, completion) in enumerate(zip(chosen, rewards.completions, strict=True))
     ]
-    return Evaluation(numbers["score"], terms, kl, lengths, ended_by_eos, found, index, samples)
+    fluency = None if judge is None else judge.logprobs([prompt.text for prompt in chosen], rewards.completions)
+    return Evaluation(
+        numbers["score"],
+        terms,
+        kl,
+        lengths,
+        ended_by_eos,
+        found,
+        index,
+        samples,
+        references=None if references is None else [references[i] for i in index],
+        fluency=fluency,
+    )
+
+
+def _read_references(prompts: Sequence[Prompt], column: str | None) -> list[list[str] | None] | None:
+    """The references of each prompt; None when no prompt has any.
+
+    Raises:
+        ValueError: If ``column`` was asked for and is missing, or holds anything but texts.
+    """
+    cells = [prompt.columns.get(column or REFERENCE_COLUMN) for prompt in prompts]
+    if all(cell is None for cell in cells):
+        if column is None:
+            return None
+        names = list(dict.fromkeys(name for prompt in prompts for name in prompt.columns))
+        near = difflib.get_close_matches(column, names, n=1)
+        raise ValueError(
+            f"reference_column: no prompt has a {column!r}; the columns are {', '.join(map(repr, names)) or 'none'}"
+            + (f" (did you mean {near[0]!r}?)" if near else "")
+        )
+    try:
+        return [
+            None if cell is None else references_of(cell, f"prompts[{i}]: the column {column or REFERENCE_COLUMN!r}")
+            for i, cell in enumerate(cells)
+        ]
+    except ValueError:
+        if column is None:  # a column of this name for something else
+            return None
+        raise
 
 
 def evaluation_process(envs: Any, prompts: Any = None) -> Any:

@@ -15,12 +15,27 @@ from rlhf_gym.evaluation import Evaluation
 from rlhf_gym.plots import as_svg
 from rlhf_gym.runs import machine
 
+TEXT_LABELS = {
+    "share_without_eos": "share without EOS",
+    "perplexity": "perplexity under another model",
+    "bleu": "BLEU",
+    "chrf": "chrF",
+    "rouge_l": "ROUGE-L",
+    "distinct_1": "distinct-1",
+    "distinct_2": "distinct-2",
+    "distinct_3": "distinct-3",
+    "self_bleu": "self-BLEU",
+    "repeated_bigrams": "repeated bigrams",
+}
+NOTE = "means ± half of their 95 % intervals over prompts; [low, high] where an interval is not symmetric"
+
 
 def table(evaluations: Mapping[str, Evaluation]) -> tuple[list[str], list[list[str]]]:
     """Evaluations side by side.
 
     Args:
-        evaluations: By the label of their column.
+        evaluations: By the label of their column. The others are compared with the first, response by response, where
+            they answer the same prompts.
 
     Returns:
         The header, and one row for each number; all are texts.
@@ -34,9 +49,24 @@ def table(evaluations: Mapping[str, Evaluation]) -> tuple[list[str], list[list[s
         rows.append([name, *(_number(e, e.others.get(name)) for e in columns)])
     if any(e.kl is not None for e in columns):
         rows.append(["KL to the reference, nats", *(_number(e, e.kl) for e in columns)])
-    rows.append(["response length, tokens", *(f"{e.lengths.mean():.1f}" for e in columns)])
+        errors = [None if e.kl is None else e.estimate(e.kl).standard_error for e in columns]
+        rows.append(["standard error of the KL", *("" if error is None else f"{error:.3f}" for error in errors)])
+    rows.append(["response length, tokens", *(_length(e) for e in columns)])
     rows.append(["ended by EOS", *(f"{e.ended_by_eos.mean():.0%}" for e in columns)])
+    for name, label in TEXT_LABELS.items():
+        if any(name in e.texts for e in columns):
+            rows.append([label, *(str(e.texts.get(name, "")) for e in columns)])
+    first, *rest = columns
+    if rest and all(first.samples and e.is_paired_with(first) for e in rest):
+        compared = [e.against(first) for e in rest]
+        for name in compared[0]:
+            rows.append([f"{name} against {next(iter(evaluations))}", "", *(str(c[name]) for c in compared)])
     return ["", *evaluations], rows
+
+
+def _length(evaluation: Evaluation) -> str:
+    found = evaluation.estimate(evaluation.lengths.astype(float))
+    return f"{found.mean:.1f}" if found.high is None else f"{found.mean:.1f} ± {found.high - found.mean:.1f}"
 
 
 def _number(evaluation: Evaluation, values: Any) -> str:
@@ -57,6 +87,7 @@ def model_card(*, options: Mapping[str, Any], base_model: str, before: Evaluatio
         rewards=rewards,
         table="\n".join(lines),
         num_episodes=len(after.scores),
+        note=NOTE,
         prompts=prompts,
         settings=settings,
         versions=versions,
@@ -71,7 +102,7 @@ _TEMPLATE_CARD = Template("""\
 
 ## Evaluation
 
-$num_episodes responses, sampled, to the prompts of `$prompts`; means ± half of their 95 % intervals over prompts.
+$num_episodes responses, sampled, to the prompts of `$prompts`; $note.
 
 $table
 

@@ -92,6 +92,15 @@ class Evaluate(TaskOptions):
     """Responses to sample; one for each prompt when left out."""
     greedy: bool = False
     """Take the likeliest token each time instead of a sample."""
+    win_rate: bool = True
+    """Sample the reference, too, where there is one, and report wins, ties and losses against it."""
+    reference_column: str | None = None
+    """Column of the prompts with reference texts, for BLEU, chrF and ROUGE-L; "reference" where there is one."""
+    perplexity_model: str | None = None
+    """An independent language model that says how fluent the texts are: a packaged name, a directory, a hub id or a .gguf
+    file."""
+    json: bool = False
+    """Print the numbers as JSON instead of the table."""
     out: str | None = None
     """Write the samples to this .jsonl file."""
 

@@ -1,9 +1,12 @@
 """Rewards: what a response is worth. A function of your own, a model, or a ready one; see ``docs/rewards.md``."""
 
 from .classify import classifier
+from .content_filter import content_filter
 from .inputs import RewardError, RewardInputs, Scores
 from .lexicon import sentiment
 from .likelihood import perplexity, reference_logprob
+from .numeric import numeric_answer
+from .references import bleu, chrf, exact_match, rouge_l, token_f1
 from .resolve import as_reward
 from .reward import Reward
 from .text import keyword, length, regex, repetition
@@ -15,16 +18,23 @@ __all__ = [
     "RewardInputs",
     "Scores",
     "as_reward",
+    "bleu",
+    "chrf",
     "classifier",
     "clip",
+    "content_filter",
+    "exact_match",
     "keyword",
     "length",
     "length_penalty",
     "normalize",
+    "numeric_answer",
     "perplexity",
     "reference_logprob",
     "regex",
     "repetition",
+    "rouge_l",
     "scale",
     "sentiment",
+    "token_f1",
 ]

@@ -65,13 +65,19 @@ class Perplexity:
     __name__ = "perplexity"
 
     def __call__(self, prompts: list[str], completions: list[str]) -> np.ndarray:
-        rows = [self._tokens(prompt, completion) for prompt, completion in zip(prompts, completions, strict=True)]
-        contexts, responses = [context for context, _ in rows], [response for _, response in rows]
-        means = _sum_logprobs(self.language_model, contexts, responses) / _lengths(responses)
+        sums, num_tokens = self.logprobs(prompts, completions)
+        means = sums / np.maximum(1, num_tokens)
         # Nothing written is no evidence: as likely as blind guessing. As 0, the best score there is, it would be where
         # training ends.
-        means[[len(response) == 0 for response in responses]] = -math.log(self.language_model.vocab_size)
+        means[num_tokens == 0] = -math.log(self.language_model.vocab_size)
         return means if self.log else -np.exp(-means)
+
+    def logprobs(self, prompts: list[str], completions: list[str]) -> tuple[np.ndarray, np.ndarray]:
+        """Log-probability of each response in nats, (B,) float64, and its tokens under this model, (B,) int64."""
+        rows = [self._tokens(prompt, completion) for prompt, completion in zip(prompts, completions, strict=True)]
+        contexts, responses = [context for context, _ in rows], [response for _, response in rows]
+        num_tokens = np.array([len(response) for response in responses], dtype=np.int64)
+        return _sum_logprobs(self.language_model, contexts, responses), num_tokens
 
     def _tokens(self, prompt: str, completion: str) -> tuple[list[int], list[int]]:
         """Context and scored tokens of one text under the model's own tokenizer."""

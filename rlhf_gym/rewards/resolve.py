@@ -20,6 +20,8 @@ from .function import FunctionReward
 from .inputs import RewardError
 from .lexicon import sentiment
 from .likelihood import reference_logprob
+from .numeric import numeric_answer
+from .references import bleu, chrf, exact_match, rouge_l, token_f1
 from .reward import Reward, WeightedSum
 from .text import length, repetition
 
@@ -34,16 +36,23 @@ def _tiny_reviews_gold() -> Callable[..., Any]:
 
 
 NAMED: dict[str, Callable[[], Callable[..., Any]]] = {
+    "bleu": bleu,
+    "chrf": chrf,
+    "exact_match": exact_match,
     "length": length,
+    "numeric_answer": numeric_answer,
     "reference_logprob": reference_logprob,
     "repetition": repetition,
+    "rouge_l": rouge_l,
     "sentiment": sentiment,
     "tiny-reviews": _tiny_reviews_gold,
+    "token_f1": token_f1,
 }
 """Rewards that a bare name gives: name -> factory without arguments."""
 
 _NEED_ARGUMENTS = {
     "classifier": 'classifier("path/to/model")',
+    "content_filter": 'content_filter(["darn", "heck"])',
     "keyword": 'keyword(["great", "good"])',
     "perplexity": 'perplexity("path/to/model")',
     "regex": 'regex(r"\\d+")',
@@ -59,7 +68,8 @@ def as_reward(spec: Any, *, language_model: LanguageModel | None = None) -> Rewa
             * a function, sync or async: ``f(prompts, completions, **columns) -> list`` (TRL's signature), ``f(text) ->
               float`` or ``f(prompt, response) -> float``; how it is told is in :mod:`rlhf_gym.rewards.signature`. A
               true attribute ``dense`` says that it returns one number per token;
-            * a name: "length", "reference_logprob", "repetition", "sentiment" or "tiny-reviews";
+            * a name: "bleu", "chrf", "exact_match", "length", "numeric_answer", "reference_logprob", "repetition",
+              "rouge_l", "sentiment", "tiny-reviews" or "token_f1";
             * "module:function" or "path/to/file.py:function", which imports, and so runs, that code;
             * a sequence classifier: its directory or hub id, or the model;
             * a dict of weights ``{reward: weight}``, or ``{"term": (reward, weight)}`` to name the terms of the ledger;
@@ -69,6 +79,7 @@ def as_reward(spec: Any, *, language_model: LanguageModel | None = None) -> Rewa
     Raises:
         RewardError: If a function cannot be imported, or it is not clear how to call it.
         ValueError: If a name, weight or model is unknown or wrong.
+        ImportError: If a named reward needs a package that is missing.
         FileNotFoundError: If a .py file or a directory does not exist.
         TypeError: If ``spec`` is none of these.
     """

@@ -7,9 +7,9 @@ from collections.abc import Callable, Sequence
 
 # Thai, Lao, Burmese, Khmer, Japanese, Chinese: scripts without spaces. Each of their letters counts as a word, or a
 # sentence would be one.
-_UNSPACED = r"\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff"
-_LETTER = rf"[^\W{_UNSPACED}]"
-_WORD = re.compile(rf"{_LETTER}+(?:['’]{_LETTER}+)*|[{_UNSPACED}]")
+UNSPACED = r"\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff"
+_LETTER = rf"[^\W{UNSPACED}]"
+_WORD = re.compile(rf"{_LETTER}+(?:['’]{_LETTER}+)*|[{UNSPACED}]")
 
 BatchReward = Callable[..., list[float]]
 
@@ -60,7 +60,7 @@ def keyword(words: str | Sequence[str], *, count: str = "any") -> BatchReward:
 def _whole_word(word: str) -> str:
     """Pattern of a word or phrase, as whole words where its script has spaces."""
     # Look-arounds in place of \b, which needs a letter at its side: "c++" ends in none.
-    unspaced = re.compile(f"[{_UNSPACED}]")
+    unspaced = re.compile(f"[{UNSPACED}]")
     before = "" if unspaced.match(word[0]) else f"(?<!{_LETTER})"
     after = "" if unspaced.match(word[-1]) else f"(?!{_LETTER})"
     return before + r"\s+".join(map(re.escape, word.split())) + after
