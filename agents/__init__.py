@@ -12,6 +12,7 @@ AGENTS = {
     "grpo": "rlhf_gym.agents.grpo:GRPO",
     "trpo": "rlhf_gym.agents.trpo:TRPO",
     "vargrad": "rlhf_gym.agents.vargrad:VarGrad",
+    "soft-q": "rlhf_gym.agents.soft_q:SoftQ",
     "sb3-ppo": "rlhf_gym.agents.sb3:SB3PPO",
     "a2c": "rlhf_gym.agents.sb3:A2C",
 }
@@ -22,6 +23,7 @@ _LAZY = {path.partition(":")[2]: path for path in AGENTS.values()} | {
     "GRPOConfig": "rlhf_gym.agents.grpo:GRPOConfig",
     "PPOConfig": "rlhf_gym.agents.ppo:PPOConfig",
     "SB3Agent": "rlhf_gym.agents.sb3:SB3Agent",
+    "SoftQConfig": "rlhf_gym.agents.soft_q:SoftQConfig",
     "VarGradConfig": "rlhf_gym.agents.vargrad:VarGradConfig",
 }
 __all__ = ["AGENTS", *_LAZY]

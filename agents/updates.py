@@ -132,6 +132,14 @@ def positive_kl_coef(agent: Agent) -> float:
     return kl_coef
 
 
+def token_scores(agent: Agent, batch: Batch) -> Tensor:
+    """What each token was paid without any KL: the score at the end, dense terms as they fall due. (B, R), float32."""
+    base = agent.envs.unwrapped
+    # What kl_coef was multiplied with: the environment's estimate of the KL, or log pi_ref alone.
+    price = batch.kl if getattr(base, "kl_term", "both") == "both" else -batch.ref_logprobs
+    return torch.where(batch.response_mask, batch.rewards + getattr(base, "kl_coef", 0.0) * price, 0.0)
+
+
 def train_metrics(found: dict[str, float], mismatch: float = 0.0) -> dict[str, float]:
     """What `optimise` found under the names that metrics have: ``train/loss``, ``train/n_updates`` and so on."""
     renamed = {"policy_loss": "policy_gradient_loss", "num_steps": "n_updates"}
