@@ -120,7 +120,10 @@ def run_cell(
         budget in seconds on the machine, too), and ``seconds`` and ``curve_seconds``.
     """
     tasks = suite_named(suite, stories)
-    failure, learner, curve, curve_seconds = None, None, [], []
+    failure: str | None = None
+    learner: Any = None
+    curve: list[dict[str, float]] = []
+    curve_seconds: list[float] = []
     with _seeded(seed), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         envs = make_envs(tasks, task, num_envs, kl_coef=kl_coef)

@@ -144,6 +144,57 @@ class Generate:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Benchmark:
+    """Compare agents on tasks over seeds; the same command goes on after an interruption."""
+
+    suite: Literal["exact", "tiny"] = "exact"
+    """exact: tasks whose optimum is known; tiny: small language models, measured by samples."""
+    agents: tuple[str, ...] = ("ppo",)
+    """Names as of train --agent, or module:Class or file.py:Class: anything with learn and predict, or an algorithm of
+    Stable-Baselines3."""
+    out: str
+    """Directory for results.jsonl, timings.jsonl and tuning.jsonl, for instance runs/exact."""
+    seeds: int = 10
+    """Seeds 0, 1, ...: so many runs of each agent on each task."""
+    jobs: int = 1
+    """Runs side by side, one thread each."""
+    tasks: tuple[str, ...] = ()
+    """Some of the suite's tasks; all when left out."""
+    policy: str | None = None
+    """What is trained on exact tasks: tabular, transformer or lstm."""
+    num_envs: int | None = None
+    """Episodes that run side by side; the suite's own when left out."""
+    budget_tokens: int | None = None
+    """Tokens that each run may generate; the task's own when left out."""
+    budget_seconds: float | None = None
+    """Seconds that each run may learn, besides; results then depend on the machine."""
+    config: tuple[str, ...] = ()
+    """Settings as name=value for all agents, or agent.name=value for one, for instance ppo.learning_rate=0.02."""
+    tune: int = 0
+    """First try so many random settings of each agent, on another seed, and use the best."""
+    stories: str | None = None
+    """Directory of the model stories260K, which adds its task to the suite tiny."""
+    allow_mixed: bool = False
+    """Go on in a directory whose results another commit or other versions have measured."""
+    rerun: tuple[int, ...] = ()
+    """Measure nothing new: run the cells on these lines of results.jsonl again and compare."""
+    progress_bar: bool = True
+    """Draw a table on a terminal; without it there is a line for each finished run."""
+
+    def __post_init__(self):
+        for name in ("seeds", "jobs", "num_envs", "budget_tokens"):
+            if getattr(self, name) is not None:
+                _at_least(name, getattr(self, name), 1)
+        _at_least("tune", self.tune, 0)
+        if self.budget_seconds is not None and not self.budget_seconds > 0:
+            raise ValueError(f"--budget-seconds must be above 0, got {self.budget_seconds:g}")
+        if self.seeds > 1_000_000:
+            raise ValueError(f"--seeds must be at most 1000000: those above are for tuning, got {self.seeds}")
+        if not self.agents:
+            raise ValueError("--agents needs at least one agent")
+
+
+@dataclass(frozen=True, kw_only=True)
 class Demo:
     """The whole story on a packaged model in minutes: PPO and TRPO against a reward, with a report."""
 
@@ -172,6 +223,7 @@ VERBS = {
     "train": Verb(Train, "rlhf_gym.cli.train"),
     "evaluate": Verb(Evaluate, "rlhf_gym.cli.evaluate"),
     "generate": Verb(Generate, "rlhf_gym.cli.generate"),
+    "benchmark": Verb(Benchmark, "rlhf_gym.cli.benchmark"),
     "doctor": Verb(Doctor, "rlhf_gym.cli.doctor"),
 }
 

@@ -1,0 +1,87 @@
+"""Settings of the agents: what is known to work, and equal tuning for all by random search.
+
+Every agent gets the same number of random configurations, each trained on every task with one seed that the benchmark
+does not use. The best by the mean over tasks (of the normalised score; without a known optimum of score - kl_coef * KL)
+is then the agent's configuration in the benchmark.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import zlib
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+
+SEED = 1_000_000  # of all tuning runs; the benchmark's count from 0
+
+
+class LogUniform(NamedTuple):
+    """A number whose logarithm is equally likely everywhere between those of two bounds."""
+
+    low: float
+    high: float
+
+
+# Of an optimiser of the policy: a table wants larger steps than a language model.
+LEARNING_RATES = {
+    "tabular": LogUniform(3e-3, 0.3),
+    "transformer": LogUniform(2e-4, 2e-2),
+    "lstm": LogUniform(2e-4, 2e-2),
+    "reference": LogUniform(3e-5, 1e-3),
+}
+# Agent -> what is searched beside its learning rate: a range, or a list to choose from. Agents that are not here, anybody's
+# among them, have their learning rate tuned.
+SPACES: dict[str, dict[str, Any]] = {
+    "ppo": {"num_epochs": [1, 2, 4], "gae_lambda": [0.9, 0.95, 1.0]},
+    "sb3-ppo": {"n_epochs": [1, 2, 4], "gae_lambda": [0.9, 0.95, 1.0]},
+    # Its learning rate is the critic's.
+    "trpo": {
+        "learning_rate": LogUniform(1e-3, 1e-1), "relative_damping": [True],
+        "target_kl": LogUniform(3e-3, 0.1), "cg_damping": LogUniform(0.03, 1.0),
+    },
+}  # fmt: skip
+# (agent, policy) -> settings where neither the command line nor the tuning says otherwise; for all others the agent's own.
+PRESETS: dict[tuple[str, str], dict[str, Any]] = {
+    ("ppo", "tabular"): {"learning_rate": 0.02},
+    ("trpo", "tabular"): {"relative_damping": True, "cg_damping": 0.1, "target_kl": 0.01},
+    ("sb3-ppo", "tabular"): {"learning_rate": 0.02},
+    ("a2c", "tabular"): {"learning_rate": 0.02},
+    # Larger batches than the rows give, as in `rlhf-gym demo`; TRPO wants more updates instead.
+    ("ppo", "reference"): {"learning_rate": 2e-4, "num_rounds": 4},
+    ("trpo", "reference"): {"n_steps": 24},
+}
+
+
+def draw(agent: str, policy: str, number: int, fixed: dict[str, Any]) -> dict[str, Any]:
+    """An agent's random configuration of this number; it does not depend on how many there are.
+
+    Args:
+        agent, policy: Which space.
+        number: 0, 1, ...
+        fixed: Settings that are given, and not searched.
+    """
+    rng = np.random.default_rng([zlib.crc32(agent.encode()), number])
+    found: dict[str, Any] = {}
+    for name, space in ({"learning_rate": LEARNING_RATES[policy]} | SPACES.get(agent, {})).items():
+        if isinstance(space, LogUniform):
+            # Three digits, so that a configuration can be read and typed.
+            found[name] = float(f"{math.exp(rng.uniform(math.log(space.low), math.log(space.high))):.3g}")
+        else:
+            found[name] = space[int(rng.integers(len(space)))]
+    return found | fixed
+
+
+def best(cells: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """The configuration with the best mean over the cells of one agent's tuning; the first of equal ones.
+
+    A cell without a measure, because it failed before there was any, counts as minus infinity.
+    """
+    values: dict[str, list[float]] = {}
+    for cell in cells:
+        metrics = cell["metrics"]
+        value = metrics.get("normalised", metrics.get("objective", -math.inf))
+        values.setdefault(json.dumps(cell["config"]), []).append(value)
+    return json.loads(max(values, key=lambda config: sum(values[config]) / len(values[config])))
