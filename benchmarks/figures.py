@@ -40,35 +40,35 @@ def score_name(suite: Suite) -> str:
 
 
 def iqm_intervals(suite: Suite) -> Figure:
-    """A row for each agent: the IQM with its interval, and on a logarithmic axis how far it is from 1."""
+    """A row for each agent: the IQM with its interval; and how far it is from the optimum, where that is known."""
     from matplotlib.figure import Figure
 
     found = {agent: bootstrap(list(suite.scores(agent).values())) for agent in suite.agents}
     figure = Figure(figsize=(9.6, 0.29 * len(found) + 1.3), layout="constrained")
-    left, right = figure.subplots(1, 2, sharey=True, width_ratios=(5, 4))
+    panels = figure.subplots(1, 1 if suite.relative else 2, sharey=True, squeeze=False).ravel()
     lowest = max(LOWEST, min(0.0, *(float(np.nanmin([e.value, e.low])) for e in found.values())))
     for row, (agent, estimate) in enumerate(found.items()):
-        failed = sum(run.failure is not None for run in suite.of(agent))
-        _interval(left, row, estimate, lowest)
-        distance = Estimate(
-            *(np.maximum(1 - value, SMALLEST) for value in (estimate.value, estimate.high, estimate.low))
-        )
-        _interval(right, row, distance, 0)
+        _interval(panels[0], row, estimate, lowest)
+        if not suite.relative:
+            ends = (estimate.value, estimate.high, estimate.low)
+            _interval(panels[1], row, Estimate(*(np.maximum(1 - end, SMALLEST) for end in ends)), 0)
+        failed, count = sum(run.failure is not None for run in suite.of(agent)), len(suite.of(agent))
         if failed:
-            text = f"{failed} of {len(suite.of(agent))} failed"
-            right.annotate(text, (1.02, row), xycoords=("axes fraction", "data"), fontsize=8, va="center")
-    left.set_yticks(range(len(found)), [_wrapped(agent, 34) for agent in found], fontsize=9)
-    left.set_ylim(len(found) - 0.4, -0.6)
-    left.set_xlim(lowest - 0.04 * (1 - lowest), 1 + 0.04 * (1 - lowest))
-    left.set_xlabel(f"IQM of the {score_name(suite)}", fontsize=9)
-    left.axvline(0, color="0.6", linewidth=0.8, zorder=0)
-    right.set_xscale("log")
-    right.set_xlabel("1 - IQM (logarithmic; further right is better)", fontsize=9)
-    right.axvline(0.01, color="0.4", linestyle="--", linewidth=0.9, zorder=0)
-    right.annotate("IQM .99", (0.01, 1), xycoords=("data", "axes fraction"), xytext=(0, 2),
-                   textcoords="offset points", fontsize=8, ha="center")  # fmt: skip
-    right.invert_xaxis()
-    for axes in (left, right):
+            place = {"xycoords": ("axes fraction", "data"), "va": "center"}
+            panels[-1].annotate(f"{failed} of {count} failed", (1.02, row), fontsize=8, **place)
+    panels[0].set_yticks(range(len(found)), [_wrapped(agent, 34) for agent in found], fontsize=9)
+    panels[0].set_ylim(len(found) - 0.4, -0.6)
+    panels[0].set_xlim(left=lowest - 0.04 * (1 - lowest))
+    panels[0].set_xlabel(f"IQM of the {score_name(suite)}", fontsize=9)
+    panels[0].axvline(0, color="0.6", linewidth=0.8, zorder=0)
+    for axes in panels[1:]:
+        axes.set_xscale("log")
+        axes.set_xlabel("1 - IQM (logarithmic; further right is better)", fontsize=9)
+        axes.axvline(0.01, color="0.4", linestyle="--", linewidth=0.9, zorder=0)
+        place = {"xycoords": ("data", "axes fraction"), "textcoords": "offset points", "ha": "center"}
+        axes.annotate("IQM .99", (0.01, 1), xytext=(0, 2), fontsize=8, **place)
+        axes.invert_xaxis()
+    for axes in panels:
         axes.grid(alpha=0.25)
         axes.tick_params(axis="x", labelsize=8)
     return figure
@@ -190,7 +190,7 @@ def small_multiples(
     size = (2.4 * num_columns + 0.4, 1.7 * num_rows + 0.5) if num_columns > 1 else (4.6, 2.8)
     figure = Figure(figsize=size, layout="constrained")
     panels = figure.subplots(num_rows, num_columns, sharex=True, sharey=True, squeeze=False).ravel()
-    lowest = min(float(np.min(estimate.value)) for _, estimate in curves.values())
+    lowest, highest = (float(end([end(found.value) for _, found in curves.values()])) for end in (np.min, np.max))
     for axes, (label, (grid, estimate)) in zip(panels, curves.items(), strict=False):
         for other, (x, y) in curves.items():
             if other != label:
@@ -200,7 +200,7 @@ def small_multiples(
         axes.set_title(_wrapped(label, 28), fontsize=9, fontweight="bold")
         axes.grid(alpha=0.25)
         axes.tick_params(labelsize=8)
-        axes.set_ylim(max(bottom, min(0.0, lowest)) - 0.05, 1.05)
+        axes.set_ylim(max(bottom, min(0.0, lowest)) - 0.05, max(1.0, highest) + 0.05)
     # The panels share their axes.
     if log:
         panels[0].set_xscale("log")
@@ -255,8 +255,9 @@ def improvement_map(suite: Suite) -> Figure:
         i, j = suite.agents.index(ours), suite.agents.index(theirs)
         matrix[i, j] = estimate.value
         clear = estimate.low > 0.5 or estimate.high < 0.5
-        axes.text(j, i, f"{100 * estimate.value:.0f}", ha="center", va="center", fontsize=8,
-                  fontweight="bold" if clear else "normal", color="white" if abs(estimate.value - 0.5) > 0.3 else "black")  # fmt: skip
+        weight, colour = "bold" if clear else "normal", "white" if abs(estimate.value - 0.5) > 0.3 else "black"
+        text = f"{100 * estimate.value:.0f}"
+        axes.text(j, i, text, ha="center", va="center", fontsize=8, fontweight=weight, color=colour)
     # Orange and purple are told apart by all eyes, and the numbers stand on them.
     axes.imshow(matrix, cmap="PuOr", vmin=0, vmax=1)
     axes.set_xticks(range(count), names, rotation=90, fontsize=8)

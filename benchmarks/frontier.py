@@ -66,9 +66,9 @@ class Curves:
     reference: float
 
 
-def curves_of(task: str) -> Curves:
-    """The curves of a registered task, one of `TASKS`."""
-    env, coefficients = gym.make(f"rlhf_gym/{task}-v0"), TASKS[task]
+def curves_of(task: str, coefficients: Sequence[float] | None = None) -> Curves:
+    """The curves of a registered task, one of `TASKS`; marked at its coefficients there, or at those that are given."""
+    env, coefficients = gym.make(f"rlhf_gym/{task}-v0"), coefficients or TASKS[task]
     reference = solve(env, coefficients[0]).reference_objective
     prices = PRICES * min(coefficients)
     return Curves(frontier(env, prices.tolist()), frontier(env, coefficients), best_of_n(env, NS.tolist()), reference)

@@ -1,11 +1,15 @@
 """A benchmark's directory as runs with one score each: what the statistics, the tables and the pictures read.
 
-``results.jsonl`` has a line for each finished cell, ``timings.jsonl`` what it took, under the same key. The score of a
-run is, on tasks whose optimum is known, the normalised score (0 the reference, 1 optimal). On others it is the objective
-E[score] - beta KL on the same kind of scale: 0 the reference, 1 the best mean of an agent in this directory on this task.
+``results.jsonl`` has a line for each finished cell, ``timings.jsonl`` what it took, under the same key.
+
+The score of a run is, on tasks whose optimum is known, the normalised score (0 the reference, 1 optimal). On others it
+is the objective E[score] - beta KL on the same kind of scale: 0 the reference, 1 the best mean of an agent on this task.
 
 A run that failed is a result. It leaves one with the reference, so it scores 0, or what it was last seen to score if
 that is less: to crash is never better than to be bad, and what was good on the way is lost with the policy.
+
+An agent that shows no policy (only ``predict``) has no KL, so its runs have a mean score but no objective. It is not
+rated: the tables show what is known of it, and it is left out of the statistics.
 """
 
 from __future__ import annotations
@@ -47,7 +51,7 @@ class Run:
         task: Task and KL coefficient.
         seed: Seed.
         failure: None, or why it failed: ``nan``, ``kl``, ``exception: ...``.
-        score: See the module; finite, also where it failed.
+        score: See the module. Finite, also where it failed; NaN for an agent that is not rated.
         tokens: Training tokens at the points of its learning curve, rising. Shape (K,); may be empty.
         scores: The score there. Shape (K,).
         seconds: Seconds there, None where they were not recorded. Shape (K,).
@@ -78,7 +82,8 @@ class Suite:
     Attributes:
         name: Its name.
         runs: In the order of their agents, tasks and seeds.
-        agents: Labels, the best first (by the IQM of the scores).
+        agents: Labels of those that are rated, the best first (by the IQM of the scores).
+        unrated: Labels of the others.
         tasks: In the order of the known answers, then by name.
         relative: Whether some scores are relative to the best agent here, because no optimum is known.
     """
@@ -86,12 +91,26 @@ class Suite:
     name: str
     runs: Sequence[Run]
     agents: Sequence[str]
+    unrated: Sequence[str]
     tasks: Sequence[Task]
     relative: bool
 
     def of(self, agent: str, task: Task | None = None) -> list[Run]:
         """The runs of an agent, on one task or on all."""
         return [run for run in self.runs if run.agent == agent and task in (None, run.task)]
+
+    def groups(self) -> list[list[Task]]:
+        """Tasks that fit beside each other, none twice: the columns of a table, the panels of a figure."""
+        groups: list[list[Task]] = []
+        for task in self.tasks:
+            if not groups or len(groups[-1]) == 6 or task.name in {other.name for other in groups[-1]}:
+                groups.append([])
+            groups[-1].append(task)
+        return groups
+
+    def runs_on(self, task: Task) -> list[Run]:
+        """The runs of all agents on a task."""
+        return [run for run in self.runs if run.task == task]
 
     def scores(self, agent: str) -> dict[Task, np.ndarray]:
         """Scores of an agent's runs on each task on which it has any."""
@@ -134,18 +153,20 @@ def _suite(name: str, cells: Sequence[dict[str, Any]], timings: Mapping[str, Map
         zero, one = (0.0, 1.0) if known else _relative_scale(here)
         relative |= not known
         runs += [_run(label, cell, timings.get(_key(cell, Path())), zero, one) for label, cell in here]
-    pooled = {label: float(iqm(np.array([run.score for run in runs if run.agent == label]))) for label in set(labels)}
-    agents = sorted(pooled, key=lambda label: (-pooled[label], label))
-    runs.sort(key=lambda run: (agents.index(run.agent), tasks.index(run.task), run.seed))
-    return Suite(name, runs, agents, tasks, relative)
+    unrated = sorted({run.agent for run in runs if not math.isfinite(run.score)})
+    pooled = {label: [run.score for run in runs if run.agent == label] for label in set(labels) - set(unrated)}
+    agents = sorted(pooled, key=lambda label: (-iqm(np.array(pooled[label])), label))
+    order = [*agents, *unrated]
+    runs.sort(key=lambda run: (order.index(run.agent), tasks.index(run.task), run.seed))
+    return Suite(name, runs, agents, unrated, tasks, relative)
 
 
 def label_cells(cells: Sequence[Mapping[str, Any]]) -> list[str]:
     """A label for each cell: the agent's name, and only so much else as tells it from the others.
 
     Of ``module:Class`` the class, where no other is called so. Policy and settings are named where the same agent comes
-    with several; an agent that is tuned for each task is still one agent: settings split it only where one task and seed
-    was run with more than one.
+    with several; an agent that is tuned for each task is still one agent: settings split it only where one task and
+    seed was run with more than one.
     """
     policies: dict[str, set[str]] = {}
     variants: dict[tuple[str, Any], list[Mapping[str, Any]]] = {}
@@ -186,7 +207,7 @@ def _task(cell: Mapping[str, Any]) -> Task:
 
 
 def _task_order(task: Task) -> tuple[Any, ...]:
-    """The sharp coefficients of all tasks, then the soft ones: a table of half as many columns is then one of a kind."""
+    """The sharp coefficients of all tasks, then the soft ones: half as many columns are then of one kind."""
     if task.kl_coef in TASKS.get(task.name, ()):
         return (TASKS[task.name].index(task.kl_coef), list(TASKS).index(task.name), task)
     return (len(TASKS), 0, task)
@@ -221,7 +242,8 @@ def _run(label: str, cell: dict[str, Any], timing: Mapping[str, Any] | None, zer
     total = _number((timing or {}).get("seconds"), "total")
     last = score(metrics)
     failure = cell.get("failure") if cell.get("status", "ok") != "ok" else None
-    if failure is None and (cell.get("status", "ok") != "ok" or not math.isfinite(last)):
+    has_no_kl = cell["kl_coef"] > 0 and metrics.get("kl") is None and metrics.get("normalised") is None
+    if failure is None and (cell.get("status", "ok") != "ok" or not (math.isfinite(last) or has_no_kl)):
         failure = "nan"
     if failure is not None:
         seen = [value for _, value in points if math.isfinite(value)] + [last] * math.isfinite(last)

@@ -33,8 +33,8 @@ class Estimate(NamedTuple):
 def iqm(scores: np.ndarray, axis: int = -1) -> Any:
     """Interquartile mean: of the middle half of the scores.
 
-    Less noisy than the median, and a few runs that blow up do not decide it, as they would the mean. It cuts whole runs:
-    a quarter of them, rounded down, at each end.
+    Less noisy than the median, and a few runs that blow up do not decide it, as they would the mean. It cuts whole
+    runs: a quarter of them, rounded down, at each end.
     """
     from scipy.stats import trim_mean
 
@@ -58,8 +58,8 @@ def bootstrap(
         seed: Of the draws.
 
     Returns:
-        A number, or an array (K,) each. The interval is NaN where every task has one run: such a bootstrap would find no
-        spread at all.
+        A number, or an array (K,) each. The interval is NaN where every task has one run: such a bootstrap would find
+        no spread at all.
 
     Raises:
         ValueError: If a task has no run.
@@ -80,8 +80,8 @@ def improvement(
 ) -> Estimate:
     """Probability that a run of ours beats one of theirs on the same task, the mean over tasks; a tie is half.
 
-    P = mean over tasks of U / (N M), U the statistic of Mann and Whitney, N and M the runs of the two. It says how often,
-    not by how much.
+    P = mean over tasks of U / (N M), U the statistic of Mann and Whitney, N and M the runs of the two. It says how
+    often, not by how much.
 
     Args:
         ours: Scores on each task. Shapes (N,).

@@ -1,0 +1,200 @@
+"""Pictures of what the agents paid for their score: reward against KL, with the exact frontier, and gold against proxy.
+
+An agent is a point, the mean of its runs, with its name beside the panel and a thin line to it. On tasks with a known
+optimum those that have reached it carry no name: twenty names on one point say less than none.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from rlhf_gym.plots import STYLES
+
+from .frontier import FRONTIER, REFERENCE, RING, Curves, curves_of, draw_task
+from .known_answers import TASKS
+from .outcomes import Suite, Task
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+REACHED = 0.99  # normalised score from which on an agent stands at the optimum
+PATH: dict[str, Any] = {"color": "0.75", "linewidth": 0.8, "zorder": 1}
+# In inches: a panel, what its axis and title need, a line of the names beside it, a letter of them.
+PANEL, LEFT, BELOW, ABOVE, LINE, LETTER = (4.9, 3.25), 0.62, 0.48, 0.3, 0.108, 0.062
+
+
+@dataclass(frozen=True)
+class Point:
+    """Where the runs of an agent ended on a task, on average.
+
+    Attributes:
+        x: Mean of the runs that have a finite value; so is ``y``.
+        y: See ``x``.
+        label: What stands beside the panel; empty for none.
+        failed: Whether a run failed; such a point is a cross.
+    """
+
+    x: float
+    y: float
+    label: str
+    failed: bool = False
+
+
+def reward_against_kl(suite: Suite, tasks: Sequence[Task] | None = None) -> Figure:
+    """A panel for each task: mean score against KL; known tasks with their frontier, others with the agents' paths."""
+    tasks = tasks or suite.tasks
+    ends = [_ends(suite, task, ("kl",), ("score", "reward"), name_all=False) for task in tasks]
+    figure, panels = _panels(ends)
+    for axes, task, points in zip(panels, tasks, ends, strict=True):
+        if task.name in TASKS and points:
+            points = _draw_known(axes, curves_of(task.name, [task.kl_coef]), points)
+        else:
+            _draw_paths(axes, suite, task)
+        _draw_points(axes, points)
+        axes.set_title(str(task), fontsize=10, fontweight="bold")
+        axes.set_xlabel("KL to the reference (nats per response)", fontsize=9)
+        axes.set_ylabel("mean score of a response", fontsize=9)
+    _legend(figure)
+    return figure
+
+
+def gold_against_proxy(suite: Suite) -> Figure | None:
+    """A panel for each task with a gold score: what was meant against what was paid for. None where there is none."""
+    tasks = [task for task in suite.tasks if any(math.isfinite(run.metric("gold")) for run in suite.runs_on(task))]
+    if not tasks:
+        return None
+    ends = [_ends(suite, task, ("proxy", "score", "reward"), ("gold",), name_all=True) for task in tasks]
+    figure, panels = _panels(ends)
+    for axes, task, points in zip(panels, tasks, ends, strict=True):
+        if task.name in TASKS:
+            known = curves_of(task.name, [task.kl_coef])
+            if "gold" in known.frontier.metrics:
+                frontier, marked = known.frontier, known.marked
+                axes.plot(frontier.reward, frontier.metrics["gold"], label="along the frontier (exact)", **FRONTIER)
+                axes.plot(marked.reward, marked.metrics["gold"], label="optimum of the proxy at β", **RING)
+        _draw_points(axes, points)
+        axes.set_title(str(task), fontsize=10, fontweight="bold")
+        axes.set_xlabel("proxy: mean score that is paid for", fontsize=9)
+        axes.set_ylabel("gold: mean score that is meant", fontsize=9)
+    _legend(figure)
+    return figure
+
+
+def _ends(suite: Suite, task: Task, x: Sequence[str], y: Sequence[str], *, name_all: bool) -> list[Point]:
+    """The agents that have the numbers on a task: of the names in ``x`` and in ``y`` the first that is there."""
+    points = []
+    for agent in suite.agents:
+        runs = suite.of(agent, task)
+        pairs = [
+            tuple(next((v for v in map(run.metric, names) if math.isfinite(v)), math.nan) for names in (x, y))
+            for run in runs
+        ]
+        pairs = [pair for pair in pairs if all(map(math.isfinite, pair))]
+        if not pairs:
+            continue
+        failed = sum(run.failure is not None for run in runs)
+        there = not (name_all or failed or suite.relative) and min(run.score for run in runs) >= REACHED
+        label = "" if there else agent + (f" ({failed} failed)" if failed else "")
+        points.append(Point(*np.mean(pairs, axis=0).tolist(), label, failed > 0))
+    return points
+
+
+def _panels(ends: Sequence[Sequence[Point]]) -> tuple[Figure, list[Axes]]:
+    """Two in a row, with room on the right of each for the longest name.
+
+    Laid out by hand: constrained layout has no stable answer for names that hang on points.
+    """
+    from matplotlib.figure import Figure
+
+    num_columns = min(2, len(ends))
+    num_rows = -(-len(ends) // num_columns)
+    room = 0.15 + LETTER * max((len(point.label) for points in ends for point in points), default=0)
+    legend = 0.75
+    width, height = PANEL[0] * num_columns, PANEL[1] * num_rows + legend
+    figure = Figure(figsize=(width, height))
+    panels = []
+    for i in range(len(ends)):
+        row, column = divmod(i, num_columns)
+        box = (
+            column * PANEL[0] + LEFT, height - (row + 1) * PANEL[1] + BELOW,
+            PANEL[0] - LEFT - min(room, 2.0), PANEL[1] - BELOW - ABOVE,
+        )  # fmt: skip
+        axes = figure.add_axes((box[0] / width, box[1] / height, box[2] / width, box[3] / height))
+        axes.grid(alpha=0.25)
+        axes.tick_params(labelsize=8)
+        panels.append(axes)
+    return figure, panels
+
+
+def _draw_known(axes: Axes, curves: Curves, points: Sequence[Point]) -> list[Point]:
+    """The frontier; points far beyond its end are moved to the edge, with their KL in their name."""
+    draw_task(axes, curves, min(1.5 * float(curves.marked.kl.max()), max(point.x for point in points)))
+    lowest = min(point.y for point in points)
+    bottom, top = axes.get_ylim()
+    axes.set_ylim(min(bottom, lowest - 0.06 * (top - bottom)), top)
+    edge = axes.get_xlim()[1]
+    return [p if p.x <= edge else Point(edge, p.y, f"{p.label}: KL {p.x:.3g}", p.failed) for p in points]
+
+
+def _draw_paths(axes: Axes, suite: Suite, task: Task) -> None:
+    """Where the agents went while they learnt, run by run, and where they began."""
+    starts = []
+    for run in suite.runs_on(task):
+        points = [(point.get("kl"), point.get("score")) for point in run.cell.get("curve") or []]
+        points = [(x, y) for x, y in points if isinstance(x, int | float) and isinstance(y, int | float)]
+        if points:
+            axes.plot(*zip(*points, strict=True), **PATH)
+            starts += [points[0][1]] if abs(points[0][0]) < 1e-3 else []
+    axes.plot([], [], label="while they learn", **PATH)
+    if starts:
+        axes.plot([0], [np.mean(starts)], label="reference", **REFERENCE)
+
+
+def _draw_points(axes: Axes, points: Sequence[Point]) -> None:
+    """The agents; crosses for those with failed runs; names on the right, in the order of their height."""
+    for failed, style, label in (
+        (False, STYLES[0], "an agent"),
+        (True, STYLES[1] | {"marker": "X"}, "some runs failed"),
+    ):
+        some = [point for point in points if point.failed is failed]
+        if some:
+            axes.plot(
+                [point.x for point in some], [point.y for point in some], marker=style["marker"], color=style["color"],
+                markersize=6.5, markeredgecolor="white", markeredgewidth=0.5, linestyle="none", zorder=7,
+                clip_on=False, label=label,
+            )  # fmt: skip
+    named = sorted((point for point in points if point.label), key=lambda point: point.y)
+    bottom, top = axes.get_ylim()
+    gap = LINE / (PANEL[1] - BELOW - ABOVE)
+    line = {"arrowstyle": "-", "color": "0.6", "linewidth": 0.5, "shrinkA": 0, "shrinkB": 0, "relpos": (0, 0.5)}
+    places = spread([(point.y - bottom) / (top - bottom) for point in named], gap)
+    for point, place in zip(named, places, strict=True):
+        axes.annotate(
+            point.label, (point.x, point.y), (1.04, place), textcoords="axes fraction", fontsize=7, va="center",
+            annotation_clip=False, arrowprops=line, zorder=6,
+        )  # fmt: skip
+
+
+def spread(heights: Sequence[float], gap: float) -> list[float]:
+    """Rising heights moved as little as needed for a gap between neighbours, within 0 to 1 while they fit."""
+    placed: list[float] = []
+    for height in heights:
+        placed.append(max(height, placed[-1] + gap) if placed else max(height, 0.0))
+    ceiling = max(1.0, gap * (len(placed) - 1))
+    for i in range(len(placed) - 1, -1, -1):
+        placed[i] = min(placed[i], ceiling)
+        ceiling = placed[i] - gap
+    return placed
+
+
+def _legend(figure: Figure) -> None:
+    handles: dict[str, Any] = {}
+    for axes in figure.axes:
+        handles |= dict(zip(*axes.get_legend_handles_labels()[::-1], strict=True))
+    figure.legend(list(handles.values()), list(handles), loc="lower center", ncols=4, frameon=False, fontsize=8)
