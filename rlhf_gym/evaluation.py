@@ -224,7 +224,9 @@ def evaluate(
         }
         for b, (prompt, completion) in enumerate(zip(chosen, rewards.completions, strict=True))
     ]
-    fluency = None if judge is None else judge.logprobs([prompt.text for prompt in chosen], rewards.completions)
+    fluency = None
+    if judge is not None:
+        fluency = judge.logprobs([prompt.text for prompt in chosen], _continuations(process, chosen, token_lists))
     return Evaluation(
         numbers["score"],
         terms,
@@ -237,6 +239,18 @@ def evaluate(
         references=None if references is None else [references[i] for i in index],
         fluency=fluency,
     )
+
+
+def _continuations(process: Any, prompts: Sequence[Prompt], responses: Sequence[list[int]]) -> list[str]:
+    """The responses as they go on from their prompts, with the space between the two.
+
+    Many tokenizers drop it when a response is decoded by itself: "the lever" and "is strong" would be "the leveris strong".
+    """
+    texts = []
+    for prompt, response in zip(prompts, responses, strict=True):
+        before, whole = (process.scorer.decode(ids) for ids in (prompt.ids.tolist(), [*prompt.ids.tolist(), *response]))
+        texts.append(whole[len(before) :] if whole.startswith(before) else process.scorer.decode(response))
+    return texts
 
 
 def _read_references(prompts: Sequence[Prompt], column: str | None) -> list[list[str] | None] | None:
