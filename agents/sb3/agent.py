@@ -1,12 +1,11 @@
-"""Stable-Baselines3's on-policy algorithms behind the interface of all agents."""
+"""Stable-Baselines3's algorithms behind the interface of all agents."""
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
+import inspect
 import json
-import random
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -15,12 +14,12 @@ import numpy as np
 import torch
 from gymnasium.vector import VectorEnv
 from safetensors.torch import load_file, save_file
+from stable_baselines3.common.base_class import BaseAlgorithm
 from stable_baselines3.common.callbacks import BaseCallback, CallbackList
 from stable_baselines3.common.logger import Logger
-from stable_baselines3.common.monitor import Monitor
 from stable_baselines3.common.on_policy_algorithm import OnPolicyAlgorithm
 from stable_baselines3.common.utils import LinearSchedule
-from stable_baselines3.common.vec_env import DummyVecEnv
+from stable_baselines3.common.vec_env import VecEnv
 from torch import Tensor
 
 from rlhf_gym import __version__
@@ -34,11 +33,23 @@ from ..config import make_config
 from .announce import AnnounceLogprobs
 from .policy import LMActorCriticPolicy, policy_kwargs
 from .report import Report, StopLearning
-from .vec_env import GymVectorToSB3
+from .state import (
+    counters,
+    get_generators,
+    load_optimizer_state,
+    load_replay_state,
+    optimizer_state,
+    own_generators,
+    replay_state,
+    set_counters,
+)
+from .vec_env import as_vec_env
 
 
 class SB3Agent:
-    """An unmodified on-policy algorithm of SB3 or sb3-contrib that trains a language model.
+    """An unmodified algorithm of SB3 or sb3-contrib that trains a language model.
+
+    This class is for on-policy algorithms; ``SB3Agent.of(algorithm)`` gives the class for any.
 
     The environment's KL penalty is announced, gamma is 1, and what is saved is a ``from_pretrained`` directory (never
     SB3's zip, which runs code found in it when it is loaded). Actions and minibatches are drawn from SB3's usual global
@@ -65,8 +76,20 @@ class SB3Agent:
         >>> SB3Agent(envs, algorithm=stable_baselines3.PPO, n_epochs=4).learn(100_000)       # doctest: +SKIP
     """
 
-    algorithm_class: ClassVar[type[OnPolicyAlgorithm] | None] = None
+    algorithm_class: ClassVar[type[BaseAlgorithm] | None] = None
     config_class: ClassVar[type | None] = None
+    policy_class: ClassVar[Any] = LMActorCriticPolicy
+
+    @classmethod
+    def of(cls, algorithm: type[BaseAlgorithm] | str) -> type[SB3Agent]:
+        """The agent class for any algorithm; see :func:`rlhf_gym.agents.sb3.families.agent_class`.
+
+        Example:
+            >>> SB3Agent.of("sb3_contrib:TRPO")(envs, seed=0, n_steps=64)                    # doctest: +SKIP
+        """
+        from .families import agent_class
+
+        return agent_class(algorithm)
 
     def __init__(
         self,
@@ -79,16 +102,11 @@ class SB3Agent:
         **config: Any,
     ) -> None:
         algorithm = algorithm or self.algorithm_class
-        if not (isinstance(algorithm, type) and issubclass(algorithm, OnPolicyAlgorithm)):
-            raise TypeError(f"algorithm must be an on-policy class of Stable-Baselines3 such as PPO, got {algorithm!r}")
+        self.check_algorithm(algorithm)
         self.config: Any = config if self.config_class is None else make_config(self.config_class, config)
         self.envs, self.seed, self.audit_interval = envs, seed, audit_interval
         base = envs.unwrapped
-        source, self.tokenizer = _starting_model(base, policy)
         arguments = dict(self.config) if isinstance(self.config, dict) else dataclasses.asdict(self.config)
-        critic = arguments.pop("critic", "shared")
-        if critic not in ("shared", "separate"):
-            raise ValueError(f"critic must be 'shared' or 'separate', got {critic!r}")
         if arguments.pop("lr_schedule", "constant") == "linear":
             arguments["learning_rate"] = LinearSchedule(arguments["learning_rate"], 0.0, 1.0)
         ref_kl_target, kl_horizon = arguments.pop("ref_kl_target", None), arguments.pop("kl_horizon", 10_000.0)
@@ -96,32 +114,78 @@ class SB3Agent:
         self.kl_controller: AdaptiveKL | None = None
         if ref_kl_target is not None and hasattr(base, "kl_coef"):
             self.kl_controller = AdaptiveKL(base.kl_coef, ref_kl_target, kl_horizon)
-        venv = GymVectorToSB3(envs) if isinstance(envs, VectorEnv) else DummyVecEnv([lambda: Monitor(envs)])
-        if arguments.get("n_steps") is None:
-            arguments["n_steps"] = 2 * getattr(
-                base, "max_response_tokens", venv.observation_space["input_ids"].shape[0]
-            )
-        self.prepare(arguments, arguments["n_steps"] * venv.num_envs)
-
-        with _generators(None):
+        self.make_policy(policy, arguments)
+        venv = self.make_venv()
+        self.complete(arguments, venv)
+        if "gamma" in inspect.signature(algorithm).parameters:
+            arguments.setdefault("gamma", 1.0)
+        with own_generators(None):
             self.algorithm = algorithm(
-                LMActorCriticPolicy,
-                venv,
-                seed=seed,
-                device=getattr(base, "device", "auto"),
-                policy_kwargs=policy_kwargs(envs, source, separate_critic=critic == "separate")
-                | arguments.pop("policy_kwargs", {}),
-                **({"gamma": 1.0} | arguments),
+                self.policy_class, venv, seed=seed, device=getattr(base, "device", "auto"), **arguments
             )
-            self._randomness = _get_generators()
-        Audit(envs, self.policy_model, audit_interval)  # learn makes its own; what is wrong with it is told now
+            self._randomness = get_generators()
+        self.make_audit()  # learn makes its own; what is wrong with it is told now
         self.algorithm.set_logger(Logger(folder=None, output_formats=[]))
         self._predict_generator = torch.Generator().manual_seed(seed)
         self.num_updates = self.total_timesteps = 0
         self._begin_anew = self._learning = False
 
+    # ---- what other families of algorithms do differently
+
+    def check_algorithm(self, algorithm: Any) -> None:
+        """Raises TypeError for an algorithm that is not for this class."""
+        if not (isinstance(algorithm, type) and issubclass(algorithm, OnPolicyAlgorithm)):
+            raise TypeError(
+                f"algorithm must be an on-policy class of Stable-Baselines3 such as PPO, got {algorithm!r}; "
+                "SB3Agent.of(algorithm) finds the agent for others"
+            )
+
+    def make_policy(self, policy: Any, arguments: dict[str, Any]) -> None:
+        """Puts ``policy_kwargs`` into the algorithm's arguments; takes out what is the policy's."""
+        critic = arguments.pop("critic", "shared")
+        if critic not in ("shared", "separate"):
+            raise ValueError(f"critic must be 'shared' or 'separate', got {critic!r}")
+        source, self.tokenizer = _starting_model(self.envs.unwrapped, policy)
+        more = {} if critic == "shared" else {"separate_critic": True}
+        arguments["policy_kwargs"] = policy_kwargs(self.envs, source, **more) | arguments.pop("policy_kwargs", {})
+
+    def make_venv(self) -> VecEnv:
+        """The environment as the algorithm wants it."""
+        return as_vec_env(self.envs)
+
+    def complete(self, arguments: dict[str, Any], venv: VecEnv) -> None:
+        """Fills in, in place, what depends on the environment's size."""
+        if arguments.get("n_steps") is None:
+            arguments["n_steps"] = 2 * _longest_response(self.envs)
+        self.prepare(arguments, arguments["n_steps"] * venv.num_envs)
+
     def prepare(self, arguments: dict[str, Any], num_states: int) -> None:
         """Last changes to the algorithm's arguments, in place, now that the states per rollout are known."""
+
+    def make_audit(self) -> Audit:
+        """Looks at the rollouts of one call of ``learn``."""
+        return Audit(self.envs, self.policy_model, self.audit_interval)
+
+    @property
+    def _announces(self) -> bool:
+        base = self.envs.unwrapped
+        return hasattr(base, "announce_logprobs") and getattr(base, "language_model", None) is not None
+
+    def save_policy(self, folder: Path) -> None:
+        """Writes what ``load_policy`` reads, and a ``from_pretrained`` model."""
+        policy = self.algorithm.policy
+        policy.lm.save_pretrained(folder)
+        if policy.critic_lm is not None:
+            policy.critic_lm.save_pretrained(folder / "critic")
+        save_file(policy.value_head.state_dict(), folder / "value_head.safetensors")
+
+    def load_policy(self, folder: Path) -> None:
+        """Reads what is not in the ``from_pretrained`` model, from which this agent was made."""
+        policy = self.algorithm.policy
+        if policy.critic_lm is not None:
+            critic = load_language_model(str(folder / "critic"), self.tokenizer, device=policy.device, dtype="float32")
+            policy.critic_lm.load_state_dict(critic.model.state_dict())
+        policy.value_head.load_state_dict(load_file(folder / "value_head.safetensors"))
 
     # ---- learning
 
@@ -156,7 +220,7 @@ class SB3Agent:
         if self._announces:
             callbacks.append(announce := AnnounceLogprobs())
         try:
-            with _generators(self._randomness):
+            with own_generators(self._randomness):
                 self._learning = True
                 try:
                     # The second argument of SB3's is what is left to do.
@@ -167,17 +231,12 @@ class SB3Agent:
                     pass
                 finally:
                     self._learning = False
-                    self._randomness = _get_generators()
+                    self._randomness = get_generators()
         finally:
             report.close()
             if self._announces:
                 announce.close()
         return self
-
-    @property
-    def _announces(self) -> bool:
-        base = self.envs.unwrapped
-        return hasattr(base, "announce_logprobs") and getattr(base, "language_model", None) is not None
 
     def begin_rollout(self) -> None:
         """Called before each rollout. After a save the episodes in flight are given up, here as in the saved agent."""
@@ -234,11 +293,14 @@ class SB3Agent:
         are not saved: this agent, too, begins its next rollout with new ones, and so goes on as the loaded one does.
         """
         algorithm, base = self.algorithm, self.envs.unwrapped
-        randomness = _get_generators() if self._learning else self._randomness
-        tensors, optimizer = _optimizer_state(algorithm.policy.optimizer)
+        randomness = get_generators() if self._learning else self._randomness
+        optimizer = getattr(algorithm.policy, "optimizer", None)  # evolution strategies have none
+        tensors, numbers = ({}, None) if optimizer is None else optimizer_state(optimizer)
         tensors["torch_generator"] = randomness[0]
         tensors["numpy_generator"] = torch.from_numpy(randomness[1][1].astype(np.int64))
         tensors["predict_generator"] = self._predict_generator.get_state()
+        replay = getattr(algorithm, "replay_buffer", None)
+        held, place = ({}, None) if replay is None else replay_state(replay)
         state = {
             "agent": type(self).__name__,
             "algorithm": type(algorithm).__name__,
@@ -248,20 +310,19 @@ class SB3Agent:
             "audit_interval": self.audit_interval,
             "num_timesteps": self.num_timesteps,
             "num_updates": self.num_updates,
-            "n_updates": algorithm._n_updates,
-            "optimizer": optimizer,
+            "counters": counters(algorithm),
+            "optimizer": numbers,
             "numpy_generator": [randomness[1][0], *randomness[1][2:]],
             "kl_controller": self.kl_controller.state_dict() if self.kl_controller else None,
             "prompt_order": base.prompt_order_state() if hasattr(base, "prompt_order_state") else None,
+            "replay_buffer": place,
         }
         with replaced_directory(directory) as folder:
-            policy = algorithm.policy
-            policy.lm.save_pretrained(folder)
-            if policy.critic_lm is not None:
-                policy.critic_lm.save_pretrained(folder / "critic")
+            self.save_policy(folder)
             if self.tokenizer is not None:
                 self.tokenizer.save_pretrained(folder)
-            save_file(policy.value_head.state_dict(), folder / "value_head.safetensors")
+            if held:
+                save_file(held, folder / "replay_buffer.safetensors")
             save_file(tensors, folder / "trainer_state.safetensors")
             (folder / "trainer_state.json").write_text(json.dumps(state, indent=1))
         self._begin_anew = True
@@ -287,25 +348,30 @@ class SB3Agent:
         agent = cls(env, policy=str(folder), algorithm=algorithm, **common, **state["config"])
         if type(agent.algorithm).__name__ != state["algorithm"]:
             raise ValueError(f"{directory} was trained by {state['algorithm']}, not {type(agent.algorithm).__name__}")
-        policy = agent.algorithm.policy
-        if policy.critic_lm is not None:
-            critic = load_language_model(str(folder / "critic"), agent.tokenizer, device=policy.device, dtype="float32")
-            policy.critic_lm.load_state_dict(critic.model.state_dict())
-        policy.value_head.load_state_dict(load_file(folder / "value_head.safetensors"))
+        agent.load_policy(folder)
         tensors = load_file(folder / "trainer_state.safetensors")
         name, *rest = state["numpy_generator"]
         keys = tensors.pop("numpy_generator").numpy().astype(np.uint32)
         agent._randomness = tensors.pop("torch_generator"), (name, keys, *rest)
         agent._predict_generator.set_state(tensors.pop("predict_generator"))
-        _load_optimizer_state(policy.optimizer, tensors, state["optimizer"])
+        if state["optimizer"] is not None:
+            load_optimizer_state(agent.algorithm.policy.optimizer, tensors, state["optimizer"])
+        if state.get("replay_buffer"):
+            held = load_file(folder / "replay_buffer.safetensors")
+            load_replay_state(agent.algorithm.replay_buffer, held, state["replay_buffer"])
         if agent.kl_controller is not None and state["kl_controller"]:
             agent.kl_controller.load_state_dict(state["kl_controller"])
             env.unwrapped.kl_coef = agent.kl_controller.coef
         if _restore_prompt_order(env.unwrapped, state["prompt_order"]):
             agent.algorithm.env._reset_seeds()  # the rows go on in their order of prompts
-        agent.algorithm.num_timesteps, agent.algorithm._n_updates = state["num_timesteps"], state["n_updates"]
+        set_counters(agent.algorithm, state["counters"])
         agent.num_updates = state["num_updates"]
         return agent
+
+
+def _longest_response(envs: Any) -> int:
+    base = envs.unwrapped
+    return getattr(base, "max_response_tokens", None) or envs.observation_space["input_ids"].shape[-1]
 
 
 def _starting_model(base: Any, policy: Any) -> tuple[Any, Any]:
@@ -320,47 +386,3 @@ def _starting_model(base: Any, policy: Any) -> tuple[Any, Any]:
     if isinstance(policy, LanguageModel):
         tokenizer = tokenizer or policy.tokenizer
     return policy, tokenizer
-
-
-def _get_generators() -> tuple[Tensor, Any]:
-    return torch.get_rng_state(), np.random.get_state()
-
-
-@contextlib.contextmanager
-def _generators(state: tuple[Tensor, Any] | None) -> Iterator[None]:
-    """Inside, the global generators that SB3 draws from are in the given state; afterwards the caller's are back."""
-    # Python's own generator is seeded by SB3 too, but nothing here draws from it: it is only put back.
-    outside, outside_python = _get_generators(), random.getstate()
-    try:
-        if state is not None:
-            torch.set_rng_state(state[0])
-            np.random.set_state(state[1])
-        yield
-    finally:
-        torch.set_rng_state(outside[0])
-        np.random.set_state(outside[1])
-        random.setstate(outside_python)
-
-
-def _optimizer_state(optimizer: torch.optim.Optimizer) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """The optimiser's tensors, for safetensors, and its numbers, for JSON."""
-    saved = optimizer.state_dict()
-    tensors: dict[str, Tensor] = {}
-    numbers: dict[str, dict[str, Any]] = {}
-    for index, values in saved["state"].items():
-        for name, value in values.items():
-            if isinstance(value, Tensor):
-                tensors[f"optimizer.{index}.{name}"] = value.detach().clone().contiguous()
-            else:
-                numbers.setdefault(str(index), {})[name] = value
-    return tensors, {"param_groups": saved["param_groups"], "state": numbers}
-
-
-def _load_optimizer_state(
-    optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor], numbers: dict[str, Any]
-) -> None:
-    state: dict[int, dict[str, Any]] = {int(index): dict(values) for index, values in numbers["state"].items()}
-    for key, value in tensors.items():
-        _, index, name = key.split(".", 2)
-        state.setdefault(int(index), {})[name] = value
-    optimizer.load_state_dict({"state": state, "param_groups": numbers["param_groups"]})

@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from stable_baselines3.common.callbacks import BaseCallback
 
-from ..audit import Audit
 from .audit import buffer_batch
 
 if TYPE_CHECKING:
@@ -46,7 +45,7 @@ class Report(BaseCallback):
         self.agent, self.callbacks, self.show = agent, callbacks, progress_bar
         self.episodes: list[dict[str, Any]] = []
         self._rollout_ended = False
-        self.audit = Audit(agent.envs, agent.policy_model, agent.audit_interval)
+        self.audit = agent.make_audit()
         self._audited: dict[str, float] = {}
         # Of each step so far, what the audit cannot read in the buffer.
         self._ref_logprobs: list[list[float]] = []

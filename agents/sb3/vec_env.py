@@ -14,12 +14,13 @@ import warnings
 from collections.abc import Sequence
 from typing import Any
 
+import gymnasium as gym
 import numpy as np
 import torch
 from gymnasium import Wrapper
 from gymnasium.vector import AutoresetMode, VectorEnv
 from stable_baselines3.common.monitor import Monitor
-from stable_baselines3.common.vec_env import VecEnv
+from stable_baselines3.common.vec_env import DummyVecEnv, VecEnv
 from stable_baselines3.common.vec_env.base_vec_env import VecEnvIndices
 
 # In same-step mode an info of a vector environment is about the new episode, except for these keys, which describe the
@@ -254,6 +255,11 @@ class GymVectorToSB3(VecEnv):
             self.reset_infos[i] = infos[i]
             infos[i] = {"terminal_observation": last}
         return {i: copy.deepcopy(last) for i, last in terminal.items()}
+
+
+def as_vec_env(envs: VectorEnv | gym.Env) -> VecEnv:
+    """A Gymnasium environment, vector or single, for Stable-Baselines3."""
+    return GymVectorToSB3(envs) if isinstance(envs, VectorEnv) else DummyVecEnv([lambda: Monitor(envs)])
 
 
 def _to_numpy(value: Any) -> Any:
