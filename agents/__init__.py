@@ -13,6 +13,7 @@ AGENTS = {
     "trpo": "rlhf_gym.agents.trpo:TRPO",
     "vargrad": "rlhf_gym.agents.vargrad:VarGrad",
     "soft-q": "rlhf_gym.agents.soft_q:SoftQ",
+    "q-learning": "rlhf_gym.agents.q_learning:QLearning",
     "sb3-ppo": "rlhf_gym.agents.sb3:SB3PPO",
     "a2c": "rlhf_gym.agents.sb3:A2C",
 }
@@ -22,6 +23,7 @@ _LAZY = {path.partition(":")[2]: path for path in AGENTS.values()} | {
     "GymVectorToSB3": "rlhf_gym.agents.sb3:GymVectorToSB3",
     "GRPOConfig": "rlhf_gym.agents.grpo:GRPOConfig",
     "PPOConfig": "rlhf_gym.agents.ppo:PPOConfig",
+    "QLearningConfig": "rlhf_gym.agents.q_learning:QLearningConfig",
     "SB3Agent": "rlhf_gym.agents.sb3:SB3Agent",
     "SoftQConfig": "rlhf_gym.agents.soft_q:SoftQConfig",
     "VarGradConfig": "rlhf_gym.agents.vargrad:VarGradConfig",

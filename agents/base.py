@@ -93,7 +93,7 @@ class Agent:
         Audit(envs, self.policy.model, audit_interval)  # learn makes its own; what is wrong with it is told now
         self.kl_controller = self._make_kl_controller(base)
         self.num_timesteps = self.num_updates = self.total_timesteps = 0
-        self.state: dict[str, float] = {}
+        self.state: dict[str, Any] = {}
         self._started = False
         self._predict_engines: dict[Any, Any] = {}
 
