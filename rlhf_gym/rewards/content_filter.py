@@ -14,7 +14,7 @@ from .text import UNSPACED, BatchReward
 _ALIKE = {
     "a": "аαɑᴀⱥ",
     "b": "вьβʙƀ",
-    "c": "сϲᴄȼ",
+    "c": "сᴄȼ",
     "d": "ԁᴅđ",
     "e": "еєεҽᴇɇ",
     "f": "ꜰƒ",
@@ -62,6 +62,7 @@ _READINGS = {alike: letter for letter, group in _ALIKE.items() for alike in grou
     "*": "aeiou",
 }
 _APOSTROPHES = "'’‘`´ʼ"
+MOST_SYMBOLS = 3  # between two letters: without a limit a long row of "*" costs its length squared
 _JOINED, _MARKED, _SPACED = range(3)
 _UNSPACED = re.compile(f"[{UNSPACED}]")
 
@@ -175,29 +176,42 @@ def _plain(char: str) -> str:
 
 
 def _contains(units: list[_Unit], patterns: dict[str, list[_Pattern]], across_spaces: bool) -> bool:
+    # A symbol may be a letter ("a$$") or punctuation ("b*a*d"): all of them the one, or all the other.
+    symbols_as_letters = (True,) if all(unit.is_word for unit in units) else (True, False)
     for start, unit in enumerate(units):
         begins_word = start == 0 or unit.gap != _JOINED or not units[start - 1].is_word
         for letter in unit.readings:
-            for pattern in patterns.get(letter, ()):
-                if (begins_word or _is_unspaced(letter)) and _matches(units, start, pattern, across_spaces):
+            if letter not in patterns or not (begins_word or _is_unspaced(letter)):
+                continue
+            for pattern in patterns[letter]:
+                if any(_matches(units, start, pattern, across_spaces, symbols) for symbols in symbols_as_letters):
                     return True
     return False
 
 
-def _matches(units: list[_Unit], start: int, pattern: _Pattern, across_spaces: bool) -> bool:
-    """Whether a listed word begins at a unit. Goes forward only, so hostile texts cost no more than others."""
-    at, done, letters = start, 0, pattern.letters
+def _matches(units: list[_Unit], start: int, pattern: _Pattern, across_spaces: bool, symbols: bool) -> bool:
+    """Whether a listed word begins at a unit. Goes forward only, so hostile texts cost no more than others.
+
+    Args:
+        units: The text.
+        start: Where it would begin.
+        pattern: The word.
+        across_spaces: Whether white space may cut it anywhere.
+        symbols: Whether symbols stand for letters where they can; otherwise only where no letter does.
+    """
+    at, done, skipped, letters = start, 0, 0, pattern.letters
     any_letter = any_cut = any_joint = False
     while done < len(letters):
         if at == len(units):
             return False
         unit = units[at]
-        letter_follows = not unit.is_word and at + 1 < len(units) and letters[done] in units[at + 1].readings
-        if letters[done] not in unit.readings or letter_follows:
-            if unit.is_word or done == 0:
+        letter_follows = not symbols and not unit.is_word and at + 1 < len(units)
+        if letters[done] not in unit.readings or letter_follows and letters[done] in units[at + 1].readings:
+            if unit.is_word or done == 0 or skipped == MOST_SYMBOLS:
                 return False
-            at += 1  # a symbol that need not stand for a letter here ("b*a*d") is punctuation
+            at, skipped = at + 1, skipped + 1
             continue
+        skipped = 0
         if done and not pattern.may_space[done]:
             any_cut |= unit.gap == _SPACED
             any_joint |= unit.gap == _JOINED
