@@ -10,7 +10,6 @@ command goes on after a kill. The second command measures nothing. 1 is optimal,
 from __future__ import annotations
 
 import argparse
-import importlib
 import json
 import sys
 import time
@@ -24,17 +23,15 @@ import torch
 
 import rlhf_gym
 from rlhf_gym.agents import AGENTS
-from rlhf_gym.exact import POLICY_KINDS, residual_policy
+from rlhf_gym.exact import POLICY_KINDS
 from rlhf_gym.lm import generate, make_engine
 
 from .cells import append_cell, mean_and_half_width, provenance, read_cells
+from .contestants import load_agent
 from .processes import run_cells
+from .suites import EXACT, exact_metrics, make_policy
 
-# Task -> the two KL coefficients of the table: a sharp and a soft optimum (scores of Lexicon are ten times as large).
-TASKS = {
-    "WoAiNi": (0.1, 0.3), "Brackets": (0.1, 0.3), "Lexicon": (2.0, 1.0),
-    "Recall": (0.1, 0.3), "Goodhart": (0.1, 0.3), "Difficulty": (0.1, 0.3),
-}  # fmt: skip
+TASKS = {name: task.kl_coefs for name, task in EXACT.items()}
 COLUMNS = (".1 (Lexicon 2)", ".3 (Lexicon 1)")
 
 
@@ -117,11 +114,8 @@ def run_cell(
     solution = rlhf_gym.exact.solve(envs, kl_coef)
     # The budget is in episodes, an agent's in tokens: the optimal policy's mean length says how many that will be.
     total = int(episodes * mean_length(solution.policy, envs))
-    module, _, name = AGENTS[agent].partition(":")
     start = time.perf_counter()
-    # The intervals over seeds are to speak of a network's initial weights too.
-    model = policy if policy == "tabular" else residual_policy(envs, policy, seed=seed)
-    learner = getattr(importlib.import_module(module), name)(envs, policy=model, seed=seed, **config)
+    learner = load_agent(agent)(envs, policy=make_policy(envs, policy, seed), seed=seed, **config)
     per_update = num_envs * getattr(learner.config, "num_rounds", 1)
     learner.learn(total, callback=lambda who, _: who.num_updates * per_update < episodes)
     seconds = time.perf_counter() - start
@@ -130,8 +124,7 @@ def run_cell(
     by_prompt = (found.objectives - references) / (solution.objectives - references)
     prompts = [prompt.text for prompt in envs.unwrapped.process.prompts]
     return {
-        "normalised": found.normalised, "objective": found.objective, "optimum": solution.objective,
-        "reward": found.reward, "kl": found.kl, "regret": found.regret, "exact": found.exact, "standard_error": found.standard_error,
+        **exact_metrics(found),
         "normalised_by_prompt": dict(zip(prompts, by_prompt.tolist(), strict=True)) if len(prompts) > 1 else None,
         "tokens": learner.num_timesteps, "seconds": seconds,
     }  # fmt: skip

@@ -6,7 +6,9 @@ import contextlib
 import multiprocessing
 import os
 import signal
+import sys
 import threading
+import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from multiprocessing.connection import Connection, wait
@@ -15,6 +17,7 @@ from typing import Any
 
 import torch
 
+GRACE = 5.0  # seconds to end by itself
 THREADS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
 
 
@@ -77,7 +80,11 @@ def run_cells(
                     raise result
                 yield key, result
     finally:
-        for process in (*(process for process, _ in busy.values()), *(process for _, process in idle)):
+        processes = [process for process, _ in busy.values()] + [process for _, process in idle]
+        for process in processes:
+            process.terminate()
+        for process in processes:
+            process.join(GRACE)
             process.kill()
             process.join()
         for name, value in before.items():
@@ -96,6 +103,7 @@ def _start(function: Callable[..., Any]) -> tuple[Connection, BaseProcess]:
 def _work(connection: Connection, function: Callable[..., Any]) -> None:
     """The life of a process: calls with what it is sent, until it is ended."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches every process of a terminal; the parent ends this one
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # not at once: what libraries have open is cleaned up
     threading.Thread(target=_exit_with_parent, daemon=True).start()
     while True:
         key = connection.recv()
@@ -112,6 +120,8 @@ def _exit_with_parent() -> None:
     parent = multiprocessing.parent_process()
     assert parent is not None, "this is a child"
     parent.join()
+    os.kill(os.getpid(), signal.SIGTERM)
+    time.sleep(GRACE)
     os._exit(1)
 
 

@@ -134,11 +134,11 @@ def run_cell(
         def look(quick: bool) -> dict[str, Any]:
             with meter.pause():
                 found = measure(learner, envs, tasks, task, kl_coef, seed=seed, quick=quick)
-            if curve and curve[-1]["tokens"] == meter.tokens:  # looked at already, and now with more care
-                curve.pop(), curve_seconds.pop()
             names = ("normalised", "score", "gold", "kl")
             point = {name: round(found[name], 6) for name in names if name in found}
             if point and all(map(math.isfinite, point.values())):
+                if curve and curve[-1]["tokens"] == meter.tokens:  # looked at before, and now with more care
+                    curve.pop(), curve_seconds.pop()
                 curve.append({"tokens": meter.tokens, **point})
                 curve_seconds.append(round(meter.seconds, 3))
             return found

@@ -1,0 +1,438 @@
+"""The benchmark's runner: nothing is lost by a kill, cells repeat, failures are results, anybody's agent takes part."""
+
+from __future__ import annotations
+
+import json
+import math
+import multiprocessing
+import random
+import time
+from pathlib import Path
+
+import benchmark_agents
+import gymnasium as gym
+import numpy as np
+import pytest
+
+import rlhf_gym  # noqa: F401 - registers the ids
+from rlhf_gym.benchmarks import runner, training, tuning
+from rlhf_gym.benchmarks.cells import append_cell, provenance, read_cells
+from rlhf_gym.benchmarks.contestants import load_agent, settings_of
+from rlhf_gym.benchmarks.processes import run_cells
+from rlhf_gym.benchmarks.progress import Progress, as_duration
+from rlhf_gym.benchmarks.suites import SUITES, make_envs, measure, scores_by_predict, suite_named
+from rlhf_gym.benchmarks.training import Meter, OverBudget, describe, run_cell
+from rlhf_gym.cli import main
+
+EXAMPLE = f"{Path(__file__).parents[1] / 'examples' / 'custom_agent.py'}:Reinforce"
+HERE = {"commit": "abc1234", "python": "3", "versions": {"torch": "2"}, "machine": "x"}
+KEY = {
+    "suite": "exact", "agent": "ppo", "policy": "tabular", "task": "WoAiNi", "kl_coef": 0.1, "seed": 0, "num_envs": 32,
+    "budget_tokens": 400, "budget_seconds": None, "config": {"learning_rate": 0.02},
+}  # fmt: skip
+
+
+@pytest.fixture(autouse=True)
+def same_provenance(monkeypatch):
+    """The checkout may change while the tests run."""
+    monkeypatch.setattr(runner, "provenance", lambda: HERE)
+    monkeypatch.chdir(Path(__file__).parent)  # where the modules of agents are
+
+
+def plan(agents=("ppo",), settings=None, **changes):
+    settings = {agent: {} for agent in agents} | (settings or {})
+    small = {"tasks": ["WoAiNi", "Difficulty"], "num_seeds": 2, "num_envs": 32, "budget_tokens": 400}
+    return runner.Plan(suite="exact", agents=agents, settings=settings, **(small | changes))
+
+
+def run(where, the_plan=None, jobs=1, **options):
+    return runner.run(the_plan or plan(), where, jobs=jobs, progress=Progress(False), **options)
+
+
+# ---- interruptions
+
+
+def test_killed_three_times_it_ends_as_if_it_had_not_been(tmp_path):
+    unbroken, broken, rng = tmp_path / "a", tmp_path / "b", random.Random(5)
+    cells = run(unbroken)
+    assert len(cells) == 8 and [cell["seed"] for cell in cells] == [0, 1] * 4
+    for num_cells in (0, 2, 5):
+        child = multiprocessing.get_context("fork").Process(target=run, args=(broken,))
+        child.start()
+        deadline = time.monotonic() + 60
+        while len(lines(broken / "results.jsonl")) < num_cells and time.monotonic() < deadline:
+            time.sleep(0.005)
+        time.sleep(rng.uniform(0, 0.4))
+        child.kill()
+        child.join()
+        assert child.exitcode == -9 and num_cells <= len(lines(broken / "results.jsonl")) < 8
+    (broken / "results.jsonl").open("ab").write(b'{"suite": "exact", "agent": "p')  # and in the middle of a line
+    run(broken)
+    assert (broken / "results.jsonl").read_bytes() == (unbroken / "results.jsonl").read_bytes()
+    timings = [read_cells(where / "timings.jsonl") for where in (broken, unbroken)]
+    assert [[line[name] for name in runner.KEY] for line in timings[0]] == [
+        [line[name] for name in runner.KEY] for line in timings[1]
+    ]
+    run(unbroken)  # nothing is missing: nothing changes
+    assert (broken / "results.jsonl").read_bytes() == (unbroken / "results.jsonl").read_bytes()
+
+
+def lines(path):
+    return path.read_bytes().splitlines() if path.exists() else []
+
+
+def test_a_process_that_dies_is_tried_again_and_then_a_result(tmp_path):
+    keys = [{"x": x, "folder": str(tmp_path)} for x in (1, 2, 3)]
+    found = run_cells(benchmark_agents.dies_at_two, keys, 2, died=lambda key, code: {"died": (key["x"], code)})
+    assert sorted(json.dumps(result) for _, result in found) == ['{"died": [2, 3]}', '{"square": 1}', '{"square": 9}']
+    assert len(list(tmp_path.glob("2-*"))) == 2
+
+
+def test_processes_end_with_the_process_that_started_them(tmp_path):
+    keys = [{"x": x, "folder": str(tmp_path)} for x in (1, 2)]
+    context = multiprocessing.get_context("fork")
+    child = context.Process(target=lambda: list(run_cells(benchmark_agents.sleeps, keys, 2)))
+    child.start()
+    wait_for(lambda: len(list(tmp_path.iterdir())) == 2)
+    child.kill()
+    child.join()
+    wait_for(lambda: not any(is_running(int(path.name)) for path in tmp_path.iterdir()))
+
+
+def wait_for(condition):
+    deadline = time.monotonic() + 60
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+
+
+def is_running(process):
+    try:
+        return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
+
+
+def test_one_run_at_a_time_in_a_directory(tmp_path):
+    with runner._locked(tmp_path), pytest.raises(ValueError, match="another benchmark is at work"):
+        run(tmp_path)
+    run(tmp_path, plan(tasks=["WoAiNi"], num_seeds=1))
+
+
+# ---- the same numbers
+
+
+def test_a_cell_gives_the_same_numbers_again(tmp_path, capsys):
+    cells = run(tmp_path, plan(num_seeds=1))
+    assert main(["benchmark", "--out", str(tmp_path), "--rerun", "1", "3"]) == 0
+    assert capsys.readouterr().out == (
+        "line 1: ppo Difficulty 0.1 seed 0: the same numbers again\nline 3: ppo WoAiNi 0.1 seed 0: the same numbers again\n"
+    )
+    cells[0]["metrics"]["kl"] += 1e-9
+    (tmp_path / "results.jsonl").write_text("".join(json.dumps(cell) + "\n" for cell in cells))
+    assert main(["benchmark", "--out", str(tmp_path), "--rerun", "1"]) == 1
+    assert "not the same: kl" in capsys.readouterr().out
+    with pytest.raises(ValueError, match="has 4, got 5"):
+        runner.rerun(tmp_path, 5)
+
+
+def test_other_versions_are_not_mixed_unasked(tmp_path, monkeypatch):
+    run(tmp_path, plan(tasks=["WoAiNi"], num_seeds=1))
+    before = (tmp_path / "results.jsonl").read_bytes()
+    monkeypatch.setattr(runner, "provenance", lambda: HERE | {"commit": "fff", "versions": {"torch": "3"}})
+    run(tmp_path, plan(tasks=["WoAiNi"], num_seeds=1))  # it is all there: nothing is measured
+    assert (tmp_path / "results.jsonl").read_bytes() == before
+    with pytest.raises(ValueError, match=r"commit abc1234 \(now fff\), torch 2 \(now 3\).*--allow-mixed"):
+        run(tmp_path, plan(tasks=["WoAiNi"], num_seeds=2))
+    cells = run(tmp_path, plan(tasks=["WoAiNi"], num_seeds=2), allow_mixed=True)
+    assert [cell["commit"] for cell in cells] == ["abc1234", "fff"] * 2
+
+
+def test_global_generators_are_seeded_and_given_back():
+    np.random.seed(1)
+    expected = np.random.random(2)
+    np.random.seed(1)
+    first = np.random.random()
+    found = [run_cell(**(KEY | {"agent": EXAMPLE, "config": {}, "seed": seed})) for seed in (3, 3, 4)]
+    assert [first, np.random.random()] == expected.tolist()
+    assert found[0]["metrics"] == found[1]["metrics"] != found[2]["metrics"]
+
+
+def test_provenance_is_the_packages_own(tmp_path, monkeypatch):
+    commit = provenance()["commit"]
+    monkeypatch.chdir(tmp_path)  # which is no checkout
+    assert provenance()["commit"] == commit
+
+
+# ---- failures and budgets
+
+
+def fault(name, **changes):
+    return run_cell(**(KEY | {"agent": f"benchmark_agents:{name}", "config": {}, "num_envs": 4} | changes))
+
+
+def test_an_exception_is_a_result_without_its_surroundings():
+    found = fault("Raises")
+    assert found["status"] == "failed" and found["metrics"]["kl"] == 0
+    assert found["failure"] == "exception: IndexError: no such row in file.py, see <object object at 0x...>"
+
+
+def test_nan_is_a_result_and_no_json_of_it_is_written():
+    found = fault("BecomesNaN")
+    assert (found["status"], found["failure"]) == ("failed", "nan")
+    assert "objective" not in found["metrics"] and found["curve"] == [{"tokens": 0, "normalised": 0.0, "kl": 0.0}]
+    json.dumps(found, allow_nan=False)
+
+
+def test_a_kl_above_the_bound_is_a_result(monkeypatch):
+    assert fault("GoesFar")["failure"] is None
+    monkeypatch.setattr(training, "KL_BOUND", 2.0)  # nats for each of four tokens
+    found = fault("GoesFar")
+    # 我我我我: .5 for the first, .2 / 3 for each of the others.
+    assert found["failure"] == "kl" and found["metrics"]["kl"] == pytest.approx(
+        -math.log(0.5 * (0.2 / 3) ** 3), abs=1e-4
+    )
+
+
+def test_an_agent_that_never_stops_is_stopped():
+    found = fault("NeverStops", budget_tokens=100)
+    assert found["failure"] == "exception: OverBudget: it has generated 204 tokens of 100 and goes on"
+    assert found["metrics"]["tokens"] == 204
+    found = fault("NeverStops", budget_tokens=10**9, budget_seconds=0.05)
+    assert "twice its 0.05 seconds" in found["failure"]
+
+
+def test_seconds_end_a_run_too():
+    found = run_cell(**(KEY | {"budget_tokens": 10**8, "budget_seconds": 0.5}))
+    assert found["failure"] is None and 0.5 <= found["seconds"]["total"] < 30
+    assert len(found["curve"]) > 3
+
+
+def test_what_is_used_is_counted_on_the_environment():
+    """Recall has no EOS: 12 tokens in every response."""
+    envs = gym.make_vec("rlhf_gym/Recall-v0", num_envs=3)
+    meter = Meter(envs, 100)
+    envs.reset(seed=0)
+    for _ in range(13):  # in the last one all rows are reset, and no token is generated
+        envs.step(np.zeros(3, dtype=int))
+    assert (meter.tokens, meter.reward_calls) == (36, 3)
+    ids = np.zeros((2, 12), dtype=int)
+    prompt = envs.unwrapped.prompts[0].ids
+    envs.evaluate_responses([prompt, prompt], ids, ids == 0)
+    assert (meter.tokens, meter.reward_calls) == (60, 5)
+    with meter.pause():
+        envs.evaluate_responses([prompt, prompt], ids, ids == 0)
+    assert (meter.tokens, meter.reward_calls) == (60, 5)
+    assert meter.spent == pytest.approx(0.6)
+    with pytest.raises(OverBudget):
+        envs.evaluate_responses([prompt] * 20, np.zeros((20, 12), dtype=int), np.ones((20, 12), dtype=bool))
+
+
+def test_messages_do_not_change_from_run_to_run():
+    assert (
+        describe(OSError("no /tmp/x-17/model.bin\n  or ../here/y")) == "exception: OSError: no model.bin or ../here/y"
+    )
+    assert describe(ValueError("a/b, 1/2 and <T at 0x7f3>")) == "exception: ValueError: a/b, 1/2 and <T at 0x...>"
+
+
+# ---- measures
+
+
+def test_a_cell_by_its_identities():
+    found = run_cell(**(KEY | {"task": "Difficulty", "kl_coef": 0.3, "budget_tokens": 2000}))
+    metrics, curve = found["metrics"], found["curve"]
+    rates = np.array([0.9, 0.5, 0.1, 0.01])
+    assert metrics["optimum"] == pytest.approx(np.mean(0.3 * np.log1p(rates * np.expm1(1 / 0.3))), abs=1e-6)
+    assert metrics["objective"] == pytest.approx(metrics["reward"] - 0.3 * metrics["kl"], abs=1e-9)
+    assert metrics["regret"] == pytest.approx(metrics["optimum"] - metrics["objective"], abs=1e-9)
+    assert 0 < metrics["normalised"] < 1 and metrics["exact"] and 2000 <= metrics["tokens"] < 2100
+    assert curve[0] == {"tokens": 0, "normalised": 0.0, "kl": 0.0}
+    assert curve[-1] == {"tokens": metrics["tokens"]} | {n: round(metrics[n], 6) for n in ("normalised", "kl")}
+    assert 10 <= len(curve) <= 14 and np.all(np.diff([point["tokens"] for point in curve]) > 0)
+    assert len(found["curve_seconds"]) == len(curve)
+    assert found["seconds"]["rollout"] + found["seconds"]["update"] <= found["seconds"]["total"]
+
+
+def test_an_agent_without_a_model_is_measured_by_what_it_says():
+    found = fault("OnlyPredicts")
+    assert found["failure"] is None
+    assert {n: found["metrics"][n] for n in ("reward", "exact", "standard_error")} == {
+        "reward": 1.0, "exact": False, "standard_error": 0.0,
+    }  # fmt: skip
+    assert "kl" not in found["metrics"] and "normalised" not in found["metrics"]
+
+
+def test_every_row_counts_the_same_in_scores_by_predict():
+    """Rows that are done early would otherwise fill the mean with short responses."""
+    envs = gym.make_vec("rlhf_gym/WoAiNi-v0", num_envs=3)
+    assert scores_by_predict(benchmark_agents.OnlyPredicts(envs), envs, num_episodes=7, seed=0).tolist() == [1.0] * 9
+
+
+def test_tiny_tasks_measure_score_gold_and_kl_on_held_out_prompts():
+    suite = suite_named("tiny")
+    envs = make_envs(suite, "TinyReviewsProxy", 2, kl_coef=0.03)
+    agent = benchmark_agents.Idle(envs, envs.unwrapped.language_model.model)
+    found = measure(agent, envs, suite, "TinyReviewsProxy", 0.03, seed=0, quick=True)
+    assert -1 <= found["score"] <= 1 and 0.3 < found["gold"] < 0.7 and abs(found["kl"]) < 1e-5
+    assert found["objective"] == pytest.approx(found["score"], abs=1e-6) and 5 < found["length"] < 30
+    # Held out: what the environment trains on is something else.
+    held_out = {prompt["prompt"] for prompt in rlhf_gym.tasks.tiny_reviews.load_prompts("test")}
+    assert not held_out & {prompt.text for prompt in envs.unwrapped.prompts}
+
+
+def test_suites():
+    assert {name: task.kl_coefs for name, task in SUITES["exact"].tasks.items()}["Lexicon"] == (2.0, 1.0)
+    for name in SUITES["exact"].tasks:
+        make_envs(SUITES["exact"], name, 2, kl_coef=0.1)
+    assert list(suite_named("tiny", "somewhere").tasks)[-1] == "Stories"
+    for name, stories, message in (("big", None, "must be one of exact, tiny"), ("exact", "x", "suite tiny")):
+        with pytest.raises(ValueError, match=message):
+            suite_named(name, stories)
+
+
+# ---- tuning
+
+
+def test_tuning_is_equal_and_on_seeds_of_its_own(tmp_path):
+    agents = ("ppo", EXAMPLE)
+    the_plan = plan(agents, {"ppo": {"num_epochs": 2}}, tasks=["WoAiNi"], num_seeds=1, tune=3)
+    cells = run(tmp_path, the_plan)
+    swept = read_cells(tmp_path / "tuning.jsonl")
+    for agent in agents:
+        mine = [cell for cell in swept if cell["agent"] == agent]
+        assert len({json.dumps(cell["config"]) for cell in mine}) == 3 and len(mine) == 6  # two coefficients
+        means = {}
+        for cell in mine:
+            means.setdefault(json.dumps(cell["config"]), []).append(cell["metrics"]["normalised"])
+        best = max(means, key=lambda config: np.mean(means[config]))
+        assert {json.dumps(cell["config"]) for cell in cells if cell["agent"] == agent} == {best}
+    assert all(cell["config"]["num_epochs"] == 2 for cell in swept if cell["agent"] == "ppo")
+    assert not {cell["seed"] for cell in swept} & {cell["seed"] for cell in cells}
+    before = (tmp_path / "results.jsonl").read_bytes(), (tmp_path / "tuning.jsonl").read_bytes()
+    run(tmp_path, the_plan)
+    assert before == ((tmp_path / "results.jsonl").read_bytes(), (tmp_path / "tuning.jsonl").read_bytes())
+
+
+def test_draws():
+    drawn = [tuning.draw("a:B", "tabular", number, {}) for number in range(200)]
+    rates = np.log([each["learning_rate"] for each in drawn])
+    low, high = np.log(0.003), np.log(0.3)
+    assert (low - 1e-2 < rates).all() and (rates < high + 1e-2).all()
+    assert rates.mean() == pytest.approx((low + high) / 2, abs=3 * (high - low) / math.sqrt(12 * 200))
+    assert all(list(each) == ["learning_rate"] for each in drawn)
+    assert tuning.draw("ppo", "tabular", 7, {"gae_lambda": 0.5})["gae_lambda"] == 0.5
+    assert tuning.draw("ppo", "tabular", 7, {}) != tuning.draw("trpo", "tabular", 7, {})
+
+
+def test_the_best_configuration_by_hand():
+    def cell(rate, **metrics):
+        return {"config": {"learning_rate": rate}, "metrics": metrics}
+
+    cells = [cell(1, normalised=0.9), cell(2, normalised=0.5), cell(1, normalised=-1.0), cell(2, normalised=0.4)]
+    assert tuning.best(cells) == {"learning_rate": 2}
+    assert tuning.best([cell(1, objective=0.1), cell(2)]) == {"learning_rate": 1}  # 2 has failed
+
+
+def test_the_command_line_keeps_tuning_seeds_free(capsys):
+    assert main(["benchmark", "--out", "x", "--seeds", str(tuning.SEED + 1)]) == 2
+    assert "those above are for tuning" in capsys.readouterr().err
+
+
+# ---- agents by name, and the command
+
+
+def test_the_example_agent_takes_part(tmp_path, capsys):
+    command = ["benchmark", "--agents", "ppo", EXAMPLE, "--tasks", "WoAiNi", "--seeds", "1", "--num-envs", "64"]
+    command += ["--budget-tokens", "6000", "--config", f"{EXAMPLE}.learning_rate=0.1", "--out", str(tmp_path / "x")]
+    assert main(command) == 0
+    printed = capsys.readouterr()
+    assert "4 cells, 0 failed" in printed.out
+    assert len(printed.err.splitlines()) == 4 and "results [4/4, 0 s left]" in printed.err
+    found = {(cell["agent"], cell["kl_coef"]): cell for cell in read_cells(tmp_path / "x" / "results.jsonl")}
+    for kl_coef in (0.1, 0.3):
+        assert found[EXAMPLE, kl_coef]["metrics"]["normalised"] > 0.5
+        assert found[EXAMPLE, kl_coef]["config"] == {"learning_rate": 0.1}
+        assert 6000 <= found[EXAMPLE, kl_coef]["metrics"]["tokens"] < 6000 + 2 * 64 * 4
+
+
+def test_agents_by_name():
+    assert load_agent("ppo").__name__ == "PPO"
+    assert load_agent("benchmark_agents:Idle") is benchmark_agents.Idle
+    assert load_agent("stable_baselines3:A2C").keywords["algorithm"].__name__ == "A2C"
+    for name, message in (
+        ("pppo", "did you mean 'ppo'"),
+        ("nowhere_at_all:X", "no module 'nowhere_at_all'"),
+        ("benchmark_agents:X", "no class 'X'"),
+        ("benchmark_agents:NoAgent", "lacks predict"),
+        ("nowhere.py:X", "no file 'nowhere.py'"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            load_agent(name)
+
+
+def test_settings_by_agent():
+    pairs = ["learning_rate=0.1", "ppo.learning_rate=0.2", "a.py:B.critic=separate"]
+    assert settings_of(["ppo", "a.py:B", "c:D"], pairs) == {
+        "ppo": {"learning_rate": 0.2},
+        "a.py:B": {"learning_rate": 0.1, "critic": "separate"},
+        "c:D": {"learning_rate": 0.1},
+    }
+    with pytest.raises(ValueError, match="one of the agents ppo"):
+        settings_of(["ppo"], ["trpo.learning_rate=0.2"])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["--agents", "pppo"], "did you mean 'ppo'?"),
+        (["--tasks", "Wo"], "--tasks of the suite exact must be of WoAiNi"),
+        (["--tasks", "Stories", "--suite", "tiny"], "give --stories the directory of its model"),
+        (["--policy", "reference"], "--policy of the suite exact must be of tabular"),
+        (["--config", "clip_rnge=0.1"], "did you mean 'clip_range'?"),
+        (["--jobs", "0"], "--jobs must be at least 1"),
+        (["--budget-seconds", "0"], "--budget-seconds must be above 0"),
+        (["--rerun", "1"], "which has 0, got 1"),
+    ],
+)
+def test_wrong_arguments(tmp_path, capsys, arguments, says):
+    assert main(["benchmark", "--out", str(tmp_path / "x"), *arguments]) == 2
+    told = capsys.readouterr().err.strip().splitlines()
+    assert len(told) == 1 and told[0].startswith("rlhf-gym: ") and says in told[0]
+    assert not list(tmp_path.glob("x/*.jsonl"))
+
+
+def test_ctrl_c_says_what_is_there(tmp_path, capsys, monkeypatch):
+    def interrupted(**key):
+        if key["seed"] == 1:
+            raise KeyboardInterrupt
+        return {"status": "ok", "failure": None, "metrics": {}, "curve": [], "seconds": {}, "curve_seconds": []}
+
+    monkeypatch.setattr(runner, "run_cell", interrupted)
+    out = str(tmp_path / "x")
+    assert main(["benchmark", "--tasks", "WoAiNi", "--seeds", "2", "--num-envs", "4", "--out", out]) == 130
+    says = capsys.readouterr().err.strip().splitlines()[-1]
+    assert says == f"rlhf-gym: interrupted; 2 of 4 cells of results are in {out}, and the same command goes on"
+
+
+def test_time_left_by_hand(monkeypatch):
+    """Two agents, two cells each. After one of 10 s and one of 30 s in 25 s of wall time: 40 s of training are ahead."""
+    clock = iter([0.0, *[25.0] * 10])
+    monkeypatch.setattr("rlhf_gym.benchmarks.progress.time.perf_counter", lambda: next(clock))
+    keys = [KEY | {"agent": agent, "seed": seed} for seed in (0, 1) for agent in ("a", "b")]
+    progress = Progress(False)
+    with progress.of("results", keys, [], 2):
+        for key, seconds in zip(keys, (10.0, 30.0), strict=False):
+            progress.finished(
+                key | {"failure": None, "metrics": {"normalised": 0.5, "tokens": 100}}, {"total": seconds}
+            )
+        assert progress.seconds_left() == pytest.approx(25.0)  # 40 s in the ratio 25 : 40
+        columns = {column.header: list(column.cells) for column in progress.table().columns}
+    assert columns["agent"] == ["a", "b"] and columns["cells"] == ["1/2", "1/2"] and columns["tokens/s"] == ["10", "3"]
+    assert [as_duration(seconds) for seconds in (None, 42, 7 * 60, 7500)] == ["?", "42 s", "7 min", "2 h 05 min"]
+
+
+def test_a_torn_timing_costs_nothing(tmp_path):
+    run(tmp_path, plan(tasks=["WoAiNi"], num_seeds=1))
+    append_cell(tmp_path / "timings.jsonl", read_cells(tmp_path / "timings.jsonl")[0])  # of a cell that was begun again
+    run(tmp_path, plan(tasks=["WoAiNi"], num_seeds=1))
+    assert len(read_cells(tmp_path / "timings.jsonl")) == 2
