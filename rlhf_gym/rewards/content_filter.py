@@ -103,7 +103,7 @@ def content_filter(words: str | Sequence[str], *, across_spaces: bool = False) -
     Args:
         words: What to look for. A phrase also matches where its words are run together.
         across_spaces: Find a word that white space cuts anywhere ("ba d"), too. That finds innocent neighbours as well:
-            "anal" in "an al dente".
+            "bandit" in "band it".
 
     Raises:
         ValueError: If there are no words, one has no letters or digits, or one is written with symbols for letters.
