@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
+Curve = tuple[np.ndarray, Estimate]  # places, and what is found there
 BLUE, ORANGE = STYLES[0]["color"], STYLES[1]["color"]
 OTHERS: dict[str, Any] = {"color": "0.8", "linewidth": 0.8, "zorder": 1}
 # Curves and pairs are many; their intervals need not be known to the last digit.
@@ -90,7 +91,7 @@ def _interval(axes: Axes, row: int, estimate: Estimate, lowest: float) -> None:
 # ---- small panels
 
 
-def efficiency(suite: Suite, by: str) -> tuple[Figure, dict[str, tuple[np.ndarray, Estimate]]] | None:
+def efficiency(suite: Suite, by: str) -> tuple[Figure, dict[str, Curve]] | None:
     """The IQM over all tasks while the agents learn.
 
     Args:
@@ -100,7 +101,7 @@ def efficiency(suite: Suite, by: str) -> tuple[Figure, dict[str, tuple[np.ndarra
     Returns:
         The figure; and of each agent the places and the IQM there. None where no run has a curve.
     """
-    curves: dict[str, tuple[np.ndarray, Estimate]] = {}
+    curves: dict[str, Curve] = {}
     for agent in suite.agents:
         runs = [run for run in suite.of(agent) if _places(run, by) is not None]
         if not runs:
@@ -131,7 +132,7 @@ def score_at(run: Run, grid: np.ndarray, by: str) -> np.ndarray:
     return np.interp(grid, _places(run, by), run.scores, right=run.score)
 
 
-def first_reaching(curve: tuple[np.ndarray, Estimate], score: float) -> float:
+def first_reaching(curve: Curve, score: float) -> float:
     """Where a curve of `efficiency` first comes to a score, on the line between its points; NaN where it does not."""
     grid, values = curve[0], curve[1].value
     above = np.flatnonzero(values >= score)
@@ -150,10 +151,10 @@ def profiles(suite: Suite) -> Figure:
     """
     scores = {agent: list(suite.scores(agent).values()) for agent in suite.agents}
     lowest, highest = min(run.score for run in suite.runs), max(run.score for run in suite.runs)
-    grid = np.linspace(max(LOWEST, min(0.0, lowest)), max(1.0, highest), 4 * NUM_POINTS)
+    grid = np.linspace(max(LOWEST, min(0.0, lowest)), max(1.0, highest), 2 * NUM_POINTS - 1)
     xlabel = f"{score_name(suite)}: threshold"
     if not suite.relative:
-        distances = np.geomspace(max(1.0, 1 - lowest), 1e-4, 4 * NUM_POINTS)
+        distances = np.geomspace(max(1.0, 1 - lowest), 1e-4, 2 * NUM_POINTS - 1)
         grid, xlabel = 1 - distances, "1 - normalised score: threshold (logarithmic; 0 is the optimum, 1 the reference)"
     curves = {}
     for agent, tasks in scores.items():
@@ -164,7 +165,7 @@ def profiles(suite: Suite) -> Figure:
 
 
 def small_multiples(
-    curves: Mapping[str, tuple[np.ndarray, Estimate]],
+    curves: Mapping[str, Curve],
     xlabel: str,
     ylabel: str,
     *,
@@ -182,41 +183,72 @@ def small_multiples(
         falling: x axis from large to small.
         bottom: The y axis goes no lower, and curves may leave it there.
     """
-    from matplotlib.figure import Figure
     from matplotlib.ticker import EngFormatter
 
+    titles = [_wrapped(label, 28) for label in curves]
     num_columns = min(4, len(curves))
-    num_rows = -(-len(curves) // num_columns)
-    size = (2.4 * num_columns + 0.4, 1.7 * num_rows + 0.5) if num_columns > 1 else (4.6, 2.8)
-    figure = Figure(figsize=size, layout="constrained")
-    panels = figure.subplots(num_rows, num_columns, sharex=True, sharey=True, squeeze=False).ravel()
+    above = 0.1 + 0.15 * max(title.count("\n") + 1 for title in titles)
+    size = (2.28, 1.2 + 0.2 + above) if num_columns > 1 else (4.4, 2.4)
+    figure, panels = panel_grid(len(curves), num_columns, size, (0.1, 0.2, 0.08, above), around=(0.62, 0.42))
     lowest, highest = (float(end([end(found.value) for _, found in curves.values()])) for end in (np.min, np.max))
-    for axes, (label, (grid, estimate)) in zip(panels, curves.items(), strict=False):
-        for other, (x, y) in curves.items():
-            if other != label:
-                axes.plot(x, y.value, **OTHERS)
+    for i, (axes, title, (label, (grid, estimate))) in enumerate(zip(panels, titles, curves.items(), strict=True)):
+        # One line with gaps: much smaller in a file than many. Half of the points is enough for what stands behind.
+        others = [
+            np.append(np.array([x, y.value])[:, ::2], [[np.nan]] * 2, 1) for o, (x, y) in curves.items() if o != label
+        ]
+        if others:
+            axes.plot(*np.concatenate(others, axis=1), **OTHERS)
         axes.fill_between(grid, estimate.low, estimate.high, color=BLUE, alpha=0.25, linewidth=0, zorder=2)
         axes.plot(grid, estimate.value, color=BLUE, linewidth=1.8, zorder=3)
-        axes.set_title(_wrapped(label, 28), fontsize=9, fontweight="bold")
+        axes.set_title(title, fontsize=9, fontweight="bold", pad=3)
         axes.grid(alpha=0.25)
-        axes.tick_params(labelsize=8)
-        axes.set_ylim(max(bottom, min(0.0, lowest)) - 0.05, max(1.0, highest) + 0.05)
-    # The panels share their axes.
+        if i:
+            axes.sharex(panels[0]), axes.sharey(panels[0])
+        axes.tick_params(labelsize=8, labelleft=i % num_columns == 0, labelbottom=i + num_columns >= len(curves))
+    panels[0].set_ylim(max(bottom, min(0.0, lowest)) - 0.05, max(1.0, highest) + 0.05)
     if log:
-        panels[0].set_xscale("log")
-        panels[0].minorticks_off()
+        for axes in panels:
+            axes.set_xscale("log")
+            axes.minorticks_off()
         panels[0].xaxis.set_major_formatter("{x:g}")
     else:
         panels[0].xaxis.set_major_formatter(EngFormatter(sep=""))  # 20k, not 20000
     if falling:
         panels[0].invert_xaxis()
-    for axes in panels[len(curves) :]:
-        axes.set_visible(False)
-        # Its column has an axis at the bottom of the last panel that is shown.
-        panels[list(panels).index(axes) - num_columns].tick_params(labelbottom=True)
-    figure.supxlabel(xlabel, fontsize=9)
-    figure.supylabel(ylabel, fontsize=9)
+    figure.supxlabel(xlabel, fontsize=9, y=0.06 / figure.get_figheight(), va="bottom")
+    figure.supylabel(ylabel, fontsize=9, x=0.06 / figure.get_figwidth(), ha="left")
     return figure
+
+
+def panel_grid(
+    count: int,
+    num_columns: int,
+    panel: tuple[float, float],
+    margins: tuple[float, float, float, float],
+    around: tuple[float, float] = (0.0, 0.0),
+) -> tuple[Figure, list[Axes]]:
+    """Axes in rows, laid out by hand: constrained layout is slow for twenty, and unstable where names hang on points.
+
+    Args:
+        count: Panels.
+        num_columns: In a row.
+        panel: Width and height of a panel with its margins; all sizes are inches.
+        margins: Left, below, right and above the axes within a panel.
+        around: Left of all panels and below them.
+    """
+    from matplotlib.figure import Figure
+
+    num_rows = -(-count // num_columns)
+    width, height = around[0] + panel[0] * num_columns, around[1] + panel[1] * num_rows
+    figure = Figure(figsize=(width, height))
+    left, below, right, above = margins
+    all_axes = []
+    for i in range(count):
+        row, column = divmod(i, num_columns)
+        x, y = around[0] + column * panel[0] + left, height - (row + 1) * panel[1] + below
+        size = panel[0] - left - right, panel[1] - below - above
+        all_axes.append(figure.add_axes((x / width, y / height, size[0] / width, size[1] / height)))
+    return figure, all_axes
 
 
 def _places(run: Run, by: str) -> np.ndarray | None:

@@ -25,11 +25,8 @@ import numpy as np
 
 from .cells import read_cells
 from .known_answers import TASKS
+from .runner import RESULTS, TIMINGS, as_text
 from .statistics import iqm
-
-RESULTS, TIMINGS = "results.jsonl", "timings.jsonl"
-# What makes a cell, apart from its suite; a line of timings has the same.
-KEY = ("agent", "policy", "task", "kl_coef", "seed", "num_envs", "budget_tokens", "budget_seconds", "config")
 
 
 class Task(NamedTuple):
@@ -124,23 +121,24 @@ def read_suites(directory: str | Path) -> list[Suite]:
     Raises:
         ValueError: If there is no finished cell, or a line is not one.
     """
-    path = Path(directory) / RESULTS
-    cells = {(cell.get("suite"), _key(cell, path)): cell for cell in read_cells(path)}  # the last of equal ones
+    path, timings_path = Path(directory) / RESULTS, Path(directory) / TIMINGS
+    cells = {as_text(cell): _checked(cell, path) for cell in read_cells(path)}
     if not cells:
         raise ValueError(f"{path} holds no finished cells; measure some with rlhf-gym benchmark --out {directory}")
-    timings_path = Path(directory) / TIMINGS
-    timings = {_key(line, timings_path): line for line in read_cells(timings_path)}
-    names = sorted({cell.get("suite") or "" for cell in cells.values()})
-    return [
-        _suite(name, [cell for cell in cells.values() if (cell.get("suite") or "") == name], timings) for name in names
-    ]
+    timings = {as_text(line): line for line in read_cells(timings_path)}
+    suites: dict[str, list[dict[str, Any]]] = {}
+    for cell in cells.values():
+        suites.setdefault(cell["suite"], []).append(cell)
+    return [_suite(name, suites[name], timings) for name in sorted(suites)]
 
 
-def _key(cell: Mapping[str, Any], path: Path) -> str:
-    missing = [name for name in ("agent", "task", "kl_coef", "seed") if name not in cell]
+def _checked(cell: dict[str, Any], path: Path) -> dict[str, Any]:
+    missing = [name for name in ("suite", "agent", "task", "kl_coef", "seed", "status") if name not in cell]
     if missing:
-        raise ValueError(f"a line of {path} has no {missing[0]!r}: {json.dumps(cell)[:80]}; it is no benchmark's file")
-    return json.dumps([cell.get(name) for name in KEY], sort_keys=True)
+        raise ValueError(
+            f"{path} holds a line without {missing[0]!r}, so it is no benchmark's: {json.dumps(cell)[:80]}"
+        )
+    return cell
 
 
 def _suite(name: str, cells: Sequence[dict[str, Any]], timings: Mapping[str, Mapping[str, Any]]) -> Suite:
@@ -152,7 +150,7 @@ def _suite(name: str, cells: Sequence[dict[str, Any]], timings: Mapping[str, Map
         known = any(math.isfinite(_number(cell.get("metrics"), "normalised")) for _, cell in here)
         zero, one = (0.0, 1.0) if known else _relative_scale(here)
         relative |= not known
-        runs += [_run(label, cell, timings.get(_key(cell, Path())), zero, one) for label, cell in here]
+        runs += [_run(label, cell, timings.get(as_text(cell)), zero, one) for label, cell in here]
     unrated = sorted({run.agent for run in runs if not math.isfinite(run.score)})
     pooled = {label: [run.score for run in runs if run.agent == label] for label in set(labels) - set(unrated)}
     agents = sorted(pooled, key=lambda label: (-iqm(np.array(pooled[label])), label))
@@ -241,9 +239,9 @@ def _run(label: str, cell: dict[str, Any], timing: Mapping[str, Any] | None, zer
     seconds = list(seconds) if seconds and len(seconds) == len(points) else None
     total = _number((timing or {}).get("seconds"), "total")
     last = score(metrics)
-    failure = cell.get("failure") if cell.get("status", "ok") != "ok" else None
+    failure = (cell.get("failure") or "unknown") if cell["status"] != "ok" else None
     has_no_kl = cell["kl_coef"] > 0 and metrics.get("kl") is None and metrics.get("normalised") is None
-    if failure is None and (cell.get("status", "ok") != "ok" or not (math.isfinite(last) or has_no_kl)):
+    if failure is None and not (math.isfinite(last) or has_no_kl):
         failure = "nan"
     if failure is not None:
         seen = [value for _, value in points if math.isfinite(value)] + [last] * math.isfinite(last)

@@ -15,6 +15,7 @@ import numpy as np
 
 from rlhf_gym.plots import STYLES
 
+from .figures import panel_grid
 from .frontier import FRONTIER, REFERENCE, RING, Curves, curves_of, draw_task
 from .known_answers import TASKS
 from .outcomes import Suite, Task
@@ -50,7 +51,7 @@ def reward_against_kl(suite: Suite, tasks: Sequence[Task] | None = None) -> Figu
     """A panel for each task: mean score against KL; known tasks with their frontier, others with the agents' paths."""
     tasks = tasks or suite.tasks
     ends = [_ends(suite, task, ("kl",), ("score", "reward"), name_all=False) for task in tasks]
-    figure, panels = _panels(ends)
+    figure, panels = _panels(ends, legend=0.75 if any(task.name in TASKS for task in tasks) else 0.4)
     for axes, task, points in zip(panels, tasks, ends, strict=True):
         if task.name in TASKS and points:
             points = _draw_known(axes, curves_of(task.name, [task.kl_coef]), points)
@@ -70,7 +71,7 @@ def gold_against_proxy(suite: Suite) -> Figure | None:
     if not tasks:
         return None
     ends = [_ends(suite, task, ("proxy", "score", "reward"), ("gold",), name_all=True) for task in tasks]
-    figure, panels = _panels(ends)
+    figure, panels = _panels(ends, legend=0.4)
     for axes, task, points in zip(panels, tasks, ends, strict=True):
         if task.name in TASKS:
             known = curves_of(task.name, [task.kl_coef])
@@ -105,30 +106,13 @@ def _ends(suite: Suite, task: Task, x: Sequence[str], y: Sequence[str], *, name_
     return points
 
 
-def _panels(ends: Sequence[Sequence[Point]]) -> tuple[Figure, list[Axes]]:
-    """Two in a row, with room on the right of each for the longest name.
-
-    Laid out by hand: constrained layout has no stable answer for names that hang on points.
-    """
-    from matplotlib.figure import Figure
-
-    num_columns = min(2, len(ends))
-    num_rows = -(-len(ends) // num_columns)
-    room = 0.15 + LETTER * max((len(point.label) for points in ends for point in points), default=0)
-    legend = 0.75
-    width, height = PANEL[0] * num_columns, PANEL[1] * num_rows + legend
-    figure = Figure(figsize=(width, height))
-    panels = []
-    for i in range(len(ends)):
-        row, column = divmod(i, num_columns)
-        box = (
-            column * PANEL[0] + LEFT, height - (row + 1) * PANEL[1] + BELOW,
-            PANEL[0] - LEFT - min(room, 2.0), PANEL[1] - BELOW - ABOVE,
-        )  # fmt: skip
-        axes = figure.add_axes((box[0] / width, box[1] / height, box[2] / width, box[3] / height))
+def _panels(ends: Sequence[Sequence[Point]], legend: float) -> tuple[Figure, list[Axes]]:
+    """Two in a row, with room on the right of each for the longest name, and for a legend below (inches)."""
+    room = min(2.0, 0.15 + LETTER * max((len(point.label) for points in ends for point in points), default=0))
+    figure, panels = panel_grid(len(ends), min(2, len(ends)), PANEL, (LEFT, BELOW, room, ABOVE), around=(0, legend))
+    for axes in panels:
         axes.grid(alpha=0.25)
         axes.tick_params(labelsize=8)
-        panels.append(axes)
     return figure, panels
 
 

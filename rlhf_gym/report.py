@@ -133,6 +133,13 @@ class Section:
     """Says what the figure shows; also what a screen reader reads."""
     header: Sequence[str] = ()
     rows: Sequence[Sequence[str]] = ()
+    numbers: bool = False
+    """The cells of the table are numbers: none is broken, a wide table scrolls."""
+
+
+# Of a figure's own width. Below it the letters are too small: the figure scrolls in its box.
+_SMALLEST = 0.7
+_PIXELS_PER_INCH = 96
 
 
 def html_report(title: str, summary: str, sections: Sequence[Section], footer: str = "") -> str:
@@ -160,14 +167,16 @@ def _section(section: Section) -> str:
         # As an image: the identifiers inside one SVG then cannot clash with those of the next.
         data = base64.b64encode(as_svg(section.figure)).decode()
         caption = html.escape(section.caption)
-        image = f'<img alt="{caption}" src="data:image/svg+xml;base64,{data}">'
-        parts.append(f"<figure>{image}<figcaption>{caption}</figcaption></figure>")
+        width = _SMALLEST * _PIXELS_PER_INCH * section.figure.get_size_inches()[0]
+        image = f'<img alt="{caption}" style="min-width: {width:.0f}px" src="data:image/svg+xml;base64,{data}">'
+        box = f'<div class="scroll" tabindex="0">{image}</div>'
+        parts.append(f"<figure>{box}<figcaption>{caption}</figcaption></figure>")
     if section.rows:
         head = "".join(f'<th scope="col">{html.escape(cell)}</th>' for cell in section.header)
         body = "\n".join(_row(row) for row in section.rows)
-        parts.append(
-            f'<div class="scroll"><table>\n<thead><tr>{head}</tr></thead>\n<tbody>\n{body}\n</tbody></table></div>'
-        )
+        kind = ' class="numbers"' if section.numbers else ""
+        table = f"<table{kind}>\n<thead><tr>{head}</tr></thead>\n<tbody>\n{body}\n</tbody></table>"
+        parts.append(f'<div class="scroll" tabindex="0">{table}</div>')
     return "\n".join([*parts, "</section>"])
 
 

@@ -195,6 +195,16 @@ class Benchmark:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Plot:
+    """Tables, pictures and a page from the results of a benchmark, also of one that is still at work."""
+
+    directory: str
+    """What rlhf-gym benchmark --out has written."""
+    out: str | None = None
+    """Directory to write report.html, table.md and the pictures to; the same one when left out."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class Demo:
     """The whole story on a packaged model in minutes: PPO and TRPO against a reward, with a report."""
 
@@ -216,6 +226,8 @@ class Verb(NamedTuple):
 
     options: type
     module: str
+    positional: bool = False
+    """The options without a default are given by their place: ``rlhf-gym plot DIR``."""
 
 
 VERBS = {
@@ -224,6 +236,7 @@ VERBS = {
     "evaluate": Verb(Evaluate, "rlhf_gym.cli.evaluate"),
     "generate": Verb(Generate, "rlhf_gym.cli.generate"),
     "benchmark": Verb(Benchmark, "rlhf_gym.cli.benchmark"),
+    "plot": Verb(Plot, "rlhf_gym.cli.plot", positional=True),
     "doctor": Verb(Doctor, "rlhf_gym.cli.doctor"),
 }
 

@@ -8,9 +8,9 @@ import difflib
 import io
 import re
 from collections.abc import Iterable, Sequence
-from typing import Any
+from typing import Annotated, Any
 
-from rlhf_gym.cli.options import VERBS
+from rlhf_gym.cli.options import VERBS, Verb
 
 
 class UsageError(Exception):
@@ -39,11 +39,14 @@ def parse(argv: Sequence[str]) -> tuple[str, Any]:
     _check_names(argv)
     import tyro
 
+    def shown(verb: Verb) -> Any:
+        return Annotated[verb.options, tyro.conf.PositionalRequiredArgs] if verb.positional else verb.options
+
     output = io.StringIO()
     try:
         with contextlib.redirect_stderr(output):
             options = tyro.extras.subcommand_cli_from_dict(
-                {name: verb.options for name, verb in VERBS.items()},
+                {name: shown(verb) for name, verb in VERBS.items()},
                 prog="rlhf-gym",
                 description="Reinforcement learning on text generation: train, evaluate and try language models.",
                 args=argv,
@@ -69,6 +72,8 @@ def _check_names(argv: Sequence[str]) -> None:
         raise UsageError(f"there is no command {verb!r}{did_you_mean(verb, VERBS)}")
     known, needed = ["--help"], []
     for field in dataclasses.fields(VERBS[verb].options):
+        if VERBS[verb].positional and field.default is dataclasses.MISSING:
+            continue
         name = "--" + field.name.replace("_", "-")
         known += [name] + ([f"--no-{name[2:]}"] if isinstance(field.default, bool) else [])
         needed += [name] if field.default is dataclasses.MISSING else []
