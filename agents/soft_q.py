@@ -84,16 +84,19 @@ class SoftQ(Agent):
     def update(self, rollout: Rollout) -> dict[str, float]:
         """One rollout's worth of learning; returns the ``train/`` metrics."""
         batch, mismatch = training_logprobs(self, rollout.batch)
-        mask = batch.response_mask
-        q_values = self._q_values(batch, batch.logprobs, batch.values)
-        # V(s) - Q(s, a) is the price of the KL: with it in the rewards, TD errors are those that GAE adds up.
-        rewards = token_scores(self, batch) + batch.values - q_values
-        errors = gae(rewards, batch.values, mask, gae_lambda=self.config.td_lambda)
-        batch = replace(batch, returns=q_values + errors)
+        batch = replace(batch, returns=self.targets(batch))
         found = optimise(self, batch, self.loss)
-        found["td_error"] = masked_mean(errors.abs(), mask).item()
+        q_values, mask = self._q_values(batch, batch.logprobs, batch.values), batch.response_mask
+        found["td_error"] = masked_mean((batch.returns - q_values).abs(), mask).item()
         found["explained_variance"] = explained_variance(q_values, batch.returns, mask).item()
         return train_metrics(found, mismatch)
+
+    def targets(self, batch: Batch) -> Tensor:
+        """What Q should be, by the weights that sampled; 0 after the end. (B, R)."""
+        q_values = self._q_values(batch, batch.logprobs, batch.values)
+        # Q - V is the price of the token's KL. With it in the rewards, soft TD errors are those that GAE adds up.
+        rewards = token_scores(self, batch) - (q_values - batch.values)
+        return q_values + gae(rewards, batch.values, batch.response_mask, gae_lambda=self.config.td_lambda)
 
     def loss(self, batch: Batch, normaliser: Tensor) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """The loss of some rows with its parts, and numbers for the log."""
@@ -105,4 +108,6 @@ class SoftQ(Agent):
 
     def _q_values(self, batch: Batch, logprobs: Tensor, values: Tensor) -> Tensor:
         """Q of the tokens, 0 after the end. (B, R)."""
-        return torch.where(batch.response_mask, positive_kl_coef(self) * (logprobs - batch.ref_logprobs) + values, 0.0)
+        return torch.where(
+            batch.response_mask, positive_kl_coef(self, batch) * (logprobs - batch.ref_logprobs) + values, 0.0
+        )

@@ -117,18 +117,24 @@ def training_logprobs(agent: Agent, batch: Batch) -> tuple[Batch, float]:
     return replace(batch, logprobs=logprobs, values=values), mismatch
 
 
-def positive_kl_coef(agent: Agent) -> float:
+def positive_kl_coef(agent: Agent, batch: Batch | None = None) -> float:
     """The environment's ``kl_coef``, for algorithms that mean nothing without a KL penalty.
 
+    Args:
+        agent: Whose environment is asked.
+        batch: A rollout, whose log-probs of the reference are needed as well.
+
     Raises:
-        ValueError: If it is 0, or the environment has none.
+        ValueError: If it is 0, or the environment has none or does not tell the reference's log-probs.
     """
-    kl_coef = getattr(agent.envs.unwrapped, "kl_coef", 0.0)
+    name, kl_coef = type(agent).__name__, getattr(agent.envs.unwrapped, "kl_coef", 0.0)
     if not kl_coef > 0:
         raise ValueError(
-            f"{type(agent).__name__} needs an environment with kl_coef > 0, got {kl_coef:g}: without a KL penalty its "
-            "loss has no meaning; make the environment with model= and kl_coef=0.05, say"
+            f"{name} needs an environment with kl_coef > 0, got {kl_coef:g}: without a KL penalty its loss has no "
+            "meaning; make the environment with a reference (model=) and kl_coef=0.05, say"
         )
+    if batch is not None and batch.ref_logprobs is None:
+        raise ValueError(f'{name} needs the log-probs of the reference, info["ref_logprob"], which envs does not tell')
     return kl_coef
 
 

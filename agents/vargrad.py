@@ -79,7 +79,7 @@ class VarGrad(Agent):
 
     def loss(self, batch: Batch, normaliser: Tensor) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """The loss of some groups with its parts, and numbers for the log."""
-        kl_coef, mask = positive_kl_coef(self), batch.response_mask
+        kl_coef, mask = positive_kl_coef(self, batch), batch.response_mask
         logprobs = self.policy(batch)[0]
         per_row = group_variance(
             logprobs, batch.ref_logprobs, batch.scores, mask, kl_coef=kl_coef, group_size=self.config.group_size
@@ -118,6 +118,7 @@ def group_variance(
         tensor([0.5000, 0.5000])
     """
     log_ratio = torch.where(mask, logprobs, 0.0).sum(1) - torch.where(mask, ref_logprobs, 0.0).sum(1)
-    # S minus the mean of the others is n / (n - 1) times S minus the mean of all.
-    differences = group_advantages(scores - kl_coef * log_ratio, group_size)
+    # S minus the mean of the others is n / (n - 1) times S minus the mean of all. One by one: added to a large score, small
+    # differences of the KL would be rounded away.
+    differences = group_advantages(scores, group_size) - kl_coef * group_advantages(log_ratio, group_size)
     return differences.square() * ((group_size - 1) / group_size)

@@ -1,0 +1,174 @@
+"""What holds for every batched agent: the same seed gives the same bytes, saving, stepping, junk after the end."""
+
+from __future__ import annotations
+
+import importlib
+import json
+from dataclasses import replace
+
+import gymnasium as gym
+import numpy as np
+import pytest
+import torch
+from gymnasium.vector import VectorWrapper
+from transformers import AutoModelForCausalLM
+from worlds import make_envs, model
+
+from rlhf_gym.agents import AGENTS
+
+# Settings under which a few rollouts of eight responses move the weights visibly.
+SETTINGS = {
+    "vargrad": {"learning_rate": 1e-2, "group_size": 4, "num_minibatches": 2},
+    "soft-q": {"learning_rate": 1e-2, "num_minibatches": 2},
+    "q-learning": {},
+}
+NEEDS_KL = {"vargrad", "soft-q"}
+COMPARES_RESPONSES = {"vargrad"}  # equal rewards teach nothing at all
+
+
+def class_of(name):
+    module, _, attribute = AGENTS[name].partition(":")
+    return getattr(importlib.import_module(module), attribute)
+
+
+def envs_for(name, **changes):
+    """Eight rows: a random language model, or the smallest exact task for agents that need a table."""
+    if name == "q-learning":
+        return gym.make_vec("rlhf_gym/WoAiNi-v0", num_envs=8, **{"kl_coef": 0.1, **changes})
+    return make_envs(8, **{"model": model(), "kl_coef": 0.1, **changes})
+
+
+def make(name, envs=None, seed=0, **config):
+    return class_of(name)(envs_for(name) if envs is None else envs, seed=seed, **(SETTINGS[name] | config))
+
+
+def everything(agent):
+    """All weights, and what else an algorithm carries along."""
+    found = {key: tensor.clone() for key, tensor in agent.policy.state_dict().items()}
+    return found | {key: torch.from_numpy(x.copy()) for key, x in vars(agent).items() if isinstance(x, np.ndarray)}
+
+
+def assert_same(a, b):
+    assert a.keys() == b.keys()
+    for key in a:
+        assert torch.equal(a[key], b[key]), key
+
+
+def moved(before, after):
+    return any(not torch.equal(before[key], after[key]) for key in before)
+
+
+@pytest.mark.parametrize("name", SETTINGS)
+def test_same_seed_same_bytes_other_seed_other_bytes(name):
+    def run(seed):
+        agent, history = make(name, seed=seed), []
+        agent.learn(100, callback=lambda _, m: history.append({k: m[k] for k in m if not k.startswith("time/")}))
+        return json.dumps(history), everything(agent)
+
+    (history, first), (history_again, again), (_, other) = run(0), run(0), run(1)
+    assert history == history_again
+    assert_same(first, again)
+    assert moved(first, other)
+
+
+@pytest.mark.parametrize("name", SETTINGS)
+def test_save_load_continue_equals_continue(name, tmp_path):
+    straight = make(name, seed=2).learn(160)
+    halfway = make(name, seed=2)
+    halfway.learn(160, callback=lambda agent, _: agent.num_timesteps < 80)
+    halfway.save(tmp_path / "agent")
+    resumed = class_of(name).load(tmp_path / "agent", env=envs_for(name))
+    assert_same(everything(halfway), everything(resumed))
+    resumed.learn(160)
+    assert (resumed.num_timesteps, resumed.num_updates) == (straight.num_timesteps, straight.num_updates)
+    assert_same(everything(straight), everything(resumed))
+
+
+@pytest.mark.parametrize("name", SETTINGS)
+def test_saved_agent_is_a_from_pretrained_directory(name, tmp_path):
+    agent = make(name).learn(60)
+    agent.save(tmp_path)
+    observation, _ = agent.envs.reset(seed=0)
+    inputs = {key: torch.from_numpy(x) for key, x in observation.items()}
+    inputs["attention_mask"] = inputs["attention_mask"].long()
+    last = torch.arange(8), inputs["attention_mask"].sum(1) - 1
+    with torch.no_grad():
+        logits = AutoModelForCausalLM.from_pretrained(tmp_path)(**inputs).logits[last]
+        expected = agent.policy_model(**inputs).logits[last]
+    assert torch.equal(logits, expected)
+    assert np.array_equal(agent.predict(observation, deterministic=True)[0], expected.argmax(-1).numpy())
+
+
+@pytest.mark.parametrize("name", SETTINGS)
+def test_stepping_and_whole_responses_are_the_same_to_the_agent(name):
+    """A wrapper hides evaluate_responses, so the agent must step."""
+    once = {"num_epochs": 1, "num_minibatches": 1}  # Adam's first steps have the size of the rate, of rounding too
+    whole, stepping = make(name, **once), make(name, VectorWrapper(envs_for(name)), **once)
+    assert whole.collector.by_whole_responses and not stepping.collector.by_whole_responses
+    seen = []
+    for agent in (whole, stepping):
+        agent.before_rollout()
+        rollout = agent.collector.collect(seed=0)
+        agent.total_timesteps = 1000
+        seen.append((rollout.batch, agent.update(rollout)))
+    (a, metrics), (b, metrics_b) = seen
+    assert torch.equal(a.response_mask, b.response_mask)
+    assert torch.equal(a.response_ids * a.response_mask, b.response_ids * a.response_mask)
+    assert metrics == pytest.approx(metrics_b, rel=1e-3, abs=1e-4)
+
+
+@pytest.mark.parametrize("name", SETTINGS)
+def test_nothing_after_the_end_matters(name):
+    """Junk after the end leaves every weight and metric of an update bit for bit as they were."""
+    results = []
+    for junk in (0.0, 1e30, float("nan")):
+        agent = make(name)
+        agent.before_rollout()
+        rollout = agent.collector.collect(seed=0)
+        batch = rollout.batch
+        after = ~batch.response_mask
+        assert after.any()
+        for field in ("logprobs", "values", "rewards", "kl", "ref_logprobs"):
+            getattr(batch, field)[after] = junk
+        batch.response_ids[after] = 2 if junk else 0
+        ends = (batch.prompt_lengths + batch.response_mask.sum(1))[:, None]
+        batch.ids[torch.arange(batch.ids.shape[1]) >= ends] = 2 if junk else 0
+        agent.total_timesteps = 1000
+        results.append((json.dumps(agent.update(rollout)), everything(agent)))
+    for metrics, after in results[1:]:
+        assert metrics == results[0][0]
+        assert_same(after, results[0][1])
+
+
+@pytest.mark.parametrize("name", SETTINGS)
+def test_equal_scores_give_no_nan_and_teach_nothing(name):
+    """While the policy is the reference there is no KL either; with equal scores there is nothing to learn then."""
+    agent = make(name, num_epochs=1, num_minibatches=1)
+    before = everything(agent)
+    agent.before_rollout()
+    rollout = agent.collector.collect(seed=0)
+    same = torch.zeros_like(rollout.batch.rewards)
+    ends = rollout.batch.response_mask.sum(1) - 1
+    same[torch.arange(len(ends)), ends] = 3.0
+    rollout.batch = replace(rollout.batch, rewards=same, scores=torch.full_like(rollout.batch.scores, 3.0))
+    rollout.batch = replace(rollout.batch, kl=torch.zeros_like(same), ref_logprobs=rollout.batch.logprobs)
+    agent.total_timesteps = 1000
+    metrics = agent.update(rollout)
+    assert np.isfinite(list(metrics.values())).all()
+    after = everything(agent)
+    assert not any(tensor.isnan().any() for tensor in after.values())
+    if name in COMPARES_RESPONSES:  # others learn what to expect, and their policy moves on the way
+        assert max((before[key] - after[key]).abs().max() for key in before) < 0.1 * agent.config.learning_rate
+
+
+@pytest.mark.parametrize("name", sorted(NEEDS_KL))
+def test_a_kl_penalty_is_needed(name):
+    agent = make(name, envs_for(name, kl_coef=0.0))
+    with pytest.raises(ValueError, match=f"{type(agent).__name__} needs an environment with kl_coef > 0, got 0"):
+        agent.learn(10)
+    assert agent.num_timesteps == 0
+    agent.envs.unwrapped.kl_coef = 0.1
+    with pytest.raises(ValueError, match="log-probs of the reference"):
+        rollout = agent.collector.collect(seed=0)
+        rollout.batch = replace(rollout.batch, ref_logprobs=None)
+        agent.update(rollout)
