@@ -73,6 +73,8 @@ def _check_names(argv: Sequence[str]) -> None:
     known, needed = ["--help"], []
     for field in dataclasses.fields(VERBS[verb].options):
         if VERBS[verb].positional and field.default is dataclasses.MISSING:
+            if not flags:
+                raise UsageError(f"rlhf-gym {verb} needs a {field.name}; see rlhf-gym {verb} --help")
             continue
         name = "--" + field.name.replace("_", "-")
         known += [name] + ([f"--no-{name[2:]}"] if isinstance(field.default, bool) else [])
