@@ -3,7 +3,7 @@
     python -m rlhf_gym.benchmarks.estimators --out benchmarks/results/estimators.json --figure docs/images/estimators.png
 
 No sampling and no tuning: the agents' own loss functions, in expectation over all responses (`.fixed_points`). What is
-left at the fixed point is not noise but another objective. It takes about half a minute on one core. Why they differ:
+left at the fixed point is not noise but another objective. It takes about a minute on one core. Why they differ:
 
 * KL in the reward, k1: the gradient of the objective itself. A weight of 1/length does no harm while the advantages are
   taken over a baseline: at the optimum every response has the same score minus KL, and all advantages are 0.
@@ -53,14 +53,17 @@ TASKS: dict[str, Callable[[], Any]] = {
     "Recall, 3 words": lambda: gym.make("rlhf_gym/Recall-v0", max_response_tokens=6, num_states=3),
 }
 
+_DR_GRPO: dict[str, Any] = {"advantages": "group", "baseline": "group_mean"}
 _GRPO: dict[str, Any] = {"advantages": "group", "baseline": "group_mean", "divide_by_std": True}
 _K2: dict[str, Any] = {"kl_loss": ("k2", "sequence")}
+_K3: dict[str, Any] = {"kl_loss": ("k3", "token")}
 ESTIMATORS: dict[str, list[Estimator]] = {
     "KL in the reward": [
         Estimator("k1, reward-to-go (REINFORCE)", kl_reward="k1"),
         Estimator("k1, GAE .95, exact critic, token mean (PPO)", kl_reward="k1", advantages="gae", mode="token_mean"),
         Estimator("k1, leave-one-out (RLOO)", kl_reward="k1", advantages="group"),
         Estimator("k1, leave-one-out, 1/length", kl_reward="k1", advantages="group", mode="sequence_mean"),
+        Estimator("k1, minus the mean of groups of 8 (Dr. GRPO)", kl_reward="k1", group_size=8, mode="constant", **_DR_GRPO),
         Estimator("k1, no baseline, 1/length", kl_reward="k1", mode="sequence_mean"),
         Estimator("full KL and, per token, in the loss", kl_reward="exact", kl_loss=("exact", "token")),
         Estimator("full KL", kl_reward="exact"),
@@ -81,7 +84,10 @@ ESTIMATORS: dict[str, list[Estimator]] = {
         Estimator("divided by the std of groups of 1024", group_size=1024, **_GRPO, **_K2),
     ],
     "group advantages, k3 per token": [
-        Estimator("GRPO as published: std of 8, 1/length", group_size=8, kl_loss=("k3", "token"), mode="sequence_mean", **_GRPO),
+        Estimator("GRPO as published: std of 8, 1/length", group_size=8, mode="sequence_mean", **_GRPO, **_K3),
+        Estimator("DAPO: std of 8, token mean", group_size=8, mode="token_mean", **_GRPO, **_K3),
+        Estimator("the same without groups of equals", group_size=8, mode="token_mean", dynamic_sampling=True, **_GRPO, **_K3),
+        Estimator("Dr. GRPO: mean of 8, no std, constant", group_size=8, mode="constant", **_DR_GRPO, **_K3),
     ],
 }  # fmt: skip
 NOT_REGULARISED = ("KL in the loss", "k1")

@@ -42,9 +42,10 @@ class Estimator:
         kl_loss: Estimator and level ("token" or "sequence") of the KL term of the loss; None: there is none.
         advantages: "reward_to_go"; "gae", with the policy's exact values as the critic; or "group", of whole responses.
         gamma, gae_lambda: Of the first two.
-        group_size: Responses to the prompt that are compared. None: the expectation over the others is taken, which is
-            exact for a leave-one-out baseline of any group size, since it is linear in their scores.
+        group_size: Responses to the prompt that are compared. None: any number of them, which makes no difference to
+            leave-one-out advantages.
         baseline, divide_by_std: Of `rlhf_gym.agents.functional.group_advantages`.
+        dynamic_sampling: Groups of equal scores are left out of the batch.
         mode: Of `rlhf_gym.agents.functional.aggregate_loss`.
     """
 
@@ -57,6 +58,7 @@ class Estimator:
     group_size: int | None = None
     baseline: Literal["leave_one_out", "group_mean"] = "leave_one_out"
     divide_by_std: bool = False
+    dynamic_sampling: bool = False
     mode: LossMode = "sequence_sum"
 
 
@@ -150,11 +152,15 @@ def expected_gradient(task: Task, residual: Tensor, estimator: Estimator) -> tup
     ref_logprobs = torch.where(mask, task.reference[task.states, task.tokens], 0.0)
     old_logprobs = logprobs.detach()  # nothing has been learnt from these samples yet: ratio 1
     probability = old_logprobs.sum(1).exp()
-    # Token mode divides by the batch's tokens: in a large batch their mean number per response.
-    normaliser = float(probability @ mask.sum(1).double()) if estimator.mode == "token_mean" else 1.0
+    # Responses that reach the loss. In groups that are left out advantages are 0 and only the KL goes missing.
+    kept = probability * _chance_of_contrast(task, probability, estimator)
+    # What a large batch is divided by, per response that was generated.
+    normaliser = {"token_mean": kept @ mask.sum(1).double(), "constant": kept.sum() * mask.shape[1]}.get(
+        estimator.mode, kept.sum()
+    )
 
-    def expectation(per_token: Tensor) -> Tensor:
-        return aggregate_loss(per_token * probability[:, None], mask, estimator.mode, normaliser=normaliser)
+    def expectation(per_token: Tensor, weights: Tensor) -> Tensor:
+        return aggregate_loss(per_token * weights[:, None], mask, estimator.mode, normaliser=normaliser)
 
     rewards = task.payoffs
     if estimator.kl_reward == "exact":
@@ -162,13 +168,15 @@ def expected_gradient(task: Task, residual: Tensor, estimator: Estimator) -> tup
     elif estimator.kl_reward:
         rewards = rewards - kl_coef * estimate_kl(old_logprobs, ref_logprobs, estimator.kl_reward)
     advantages = _advantages(task, rewards, probability, estimator)
-    loss = expectation(policy_loss_clipped(logprobs, old_logprobs, advantages, mask)[0])
+    loss = expectation(policy_loss_clipped(logprobs, old_logprobs, advantages, mask)[0], probability)
     if estimator.kl_loss == ("exact", "token"):
-        loss = loss + kl_coef * expectation(_exact_kl(task, all_logprobs))
+        loss = loss + kl_coef * expectation(_exact_kl(task, all_logprobs), kept)
     elif estimator.kl_loss:
         kind, level = estimator.kl_loss
         penalty = kl_in_loss(logprobs, ref_logprobs, mask, estimator=kind, level=level)
-        loss = loss + kl_coef * (expectation(penalty) if level == "token" else (probability * penalty).sum())
+        loss = loss + kl_coef * (
+            expectation(penalty, kept) if level == "token" else (kept * penalty).sum() / kept.sum()
+        )
 
     actions = torch.zeros_like(task.reference)
     weights = probability[:, None].expand_as(mask)[mask]
@@ -198,21 +206,37 @@ def _advantages(task: Task, rewards: Tensor, probability: Tensor, estimator: Est
 
 def _group_advantages(scores: Tensor, probability: Tensor, estimator: Estimator) -> Tensor:
     """Advantage of each response, in expectation over the others in its group. (N,)."""
-    if estimator.group_size is None:
-        if estimator.baseline != "leave_one_out" or estimator.divide_by_std:
-            raise ValueError("group_size=None is exact for the plain leave-one-out baseline only; give a group_size")
-        pairs = torch.stack([scores, (probability @ scores).expand_as(scores)], 1)
-        return group_advantages(pairs.flatten(), 2).reshape(-1, 2)[:, 0]
-    right = scores == 1
-    if not (right | (scores == 0)).all():
-        raise ValueError(
-            "a group_size needs scores that are 0 or 1 (no KL in the reward): groups are then told by counts"
-        )
     size = estimator.group_size
+    if size is None and (estimator.baseline != "leave_one_out" or estimator.divide_by_std):
+        raise ValueError("group_size=None is exact for the plain leave-one-out baseline only; give a group_size")
+    if not estimator.divide_by_std:  # linear in the others' scores: their mean may stand for each
+        others = (probability @ scores).expand(len(scores), (size or 2) - 1)
+        groups = torch.cat([scores[:, None], others], 1)
+        return group_advantages(groups.flatten(), size or 2, baseline=estimator.baseline).reshape(groups.shape)[:, 0]
+    right = _is_right(scores)
     of_wrong, of_right = _binary_group_advantages(size, estimator.baseline, estimator.divide_by_std)
     # How many of the others are right.
     chances = torch.from_numpy(binom.pmf(np.arange(size), size - 1, min(1.0, float(probability @ scores))))
     return torch.where(right, chances @ of_right, chances @ of_wrong)
+
+
+def _chance_of_contrast(task: Task, probability: Tensor, estimator: Estimator) -> Tensor:
+    """Probability that a response's group reaches the loss. (N,), or 1 for all."""
+    if not estimator.dynamic_sampling:
+        return torch.ones_like(probability)
+    scores = task.payoffs.sum(1)
+    share = probability @ scores
+    if estimator.kl_reward or estimator.group_size is None:
+        raise ValueError("dynamic_sampling needs a group_size, and scores without KL that can be equal")
+    return 1 - torch.where(_is_right(scores), share, 1 - share) ** (estimator.group_size - 1)
+
+
+def _is_right(scores: Tensor) -> Tensor:
+    """Whether each score is 1 and not 0. (N,) bool."""
+    right = scores == 1
+    if not (right | (scores == 0)).all():
+        raise ValueError("such groups need scores that are 0 or 1 (no KL in the reward): they are then told by counts")
+    return right
 
 
 @functools.cache

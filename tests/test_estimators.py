@@ -137,6 +137,35 @@ def test_token_mean_is_the_same_direction():
     assert (mean_length * found + exact_gradient(task(WOAINI), policy)).abs().max() < 1e-10
 
 
+def test_group_mean_and_a_constant_only_change_the_length():
+    """Dr. GRPO with the KL in the reward, groups of 4, at most 4 tokens."""
+    policy = random_policy(task(WOAINI))
+    estimator = Estimator("x", kl_reward="k1", advantages="group", group_size=4, baseline="group_mean", mode="constant")
+    found, _ = expected_gradient(task(WOAINI), policy, estimator)
+    assert (found * 4 * 4 / 3 + exact_gradient(task(WOAINI), policy)).abs().max() < 1e-10
+
+
+@pytest.mark.parametrize("mode", ["sequence_mean", "token_mean"])
+def test_dynamic_sampling_by_brute_force(mode):
+    """All pairs of responses: where both score the same, neither the advantages nor the KL reach the loss."""
+    settings = {"kl_loss": ("k3", "token"), "advantages": "group", "baseline": "group_mean", "divide_by_std": True}
+    estimator = Estimator("x", group_size=2, dynamic_sampling=True, mode=mode, **settings)
+    t, policy = task(WOAINI), random_policy(task(WOAINI))
+    found, _ = expected_gradient(t, policy, estimator)
+    parameters = policy.clone().requires_grad_()
+    logprobs = torch.where(t.mask, (t.reference + parameters).log_softmax(-1)[t.states, t.tokens], 0.0)
+    log_ratio = torch.where(t.mask, t.reference[t.states, t.tokens], 0.0) - logprobs
+    scores, lengths, probability = t.payoffs.sum(1), t.mask.sum(1), logprobs.detach().sum(1).exp()
+    mixed = probability * torch.where(scores == 1, probability @ (scores == 0).double(), probability @ scores)
+    advantage = (scores - 0.5) / (0.5**0.5 + 1e-4)
+    loss = -advantage[:, None] * logprobs + BETA * torch.where(t.mask, log_ratio.exp() - 1 - log_ratio, 0.0)
+    per_response = loss.sum(1) / (lengths if mode == "sequence_mean" else mixed @ lengths.double() / mixed.sum())
+    (expected,) = torch.autograd.grad((mixed / mixed.sum() * per_response).sum(), parameters)
+    assert (found - expected).abs().max() < 1e-12
+    without, _ = expected_gradient(t, policy, replace(estimator, dynamic_sampling=False))
+    assert (without / without.norm() - found / found.norm()).norm() > 0.01
+
+
 @pytest.mark.parametrize(("baseline", "divide"), [*itertools.product(("leave_one_out", "group_mean"), (False, True))])
 def test_groups_by_brute_force(baseline, divide):
     """All 2^4 outcomes of a group of four instead of counts; the advantages by hand."""
@@ -348,7 +377,7 @@ def test_the_command_prints_writes_and_draws(tmp_path, capsys, monkeypatch):
     assert "| k1, reward-to-go (REINFORCE) | 0.000 (1.000) |" in table
     assert "| k1 † | 0.032 (0.912) |" in table and "| k3 ‡ | 0.032" in table
     written = json.loads(out.read_text(encoding="utf-8"))
-    assert written["tasks"][0]["kl_coef"] == BETA and len(written["cells"]) == 7
+    assert written["tasks"][0]["kl_coef"] == BETA and len(written["cells"]) == 8
     assert figure.read_bytes().startswith(b"\x89PNG")
 
 
@@ -356,7 +385,10 @@ def test_refusals():
     with pytest.raises(ValueError, match="at most 100,000 prefixes, got .*; lower max_response_tokens"):
         make_task(gym.make("rlhf_gym/Lexicon-v0"), BETA)
     policy = random_policy(task(WOAINI))
-    with pytest.raises(ValueError, match="needs scores that are 0 or 1"):
-        expected_gradient(task(WOAINI), policy, Estimator("x", kl_reward="k1", advantages="group", group_size=2))
+    grpo = {"advantages": "group", "group_size": 2, "divide_by_std": True}
+    with pytest.raises(ValueError, match="need scores that are 0 or 1"):
+        expected_gradient(task(WOAINI), policy, Estimator("x", kl_reward="k1", **grpo))
+    with pytest.raises(ValueError, match="dynamic_sampling needs a group_size, and scores without KL"):
+        expected_gradient(task(WOAINI), policy, Estimator("x", kl_reward="k1", group_size=2, dynamic_sampling=True))
     with pytest.raises(ValueError, match="plain leave-one-out baseline only"):
         expected_gradient(task(WOAINI), policy, Estimator("x", advantages="group", divide_by_std=True))
