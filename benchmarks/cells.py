@@ -53,13 +53,13 @@ def append_cell(path: Path, cell: dict[str, Any]) -> None:
 
 
 def write_cells(path: Path, cells: Sequence[dict[str, Any]], order: Callable[[dict[str, Any]], Any]) -> None:
-    """Replaces the file by these cells, sorted by ``order``, in one step: it then depends on nothing but their content."""
+    """Replaces the file by these cells, sorted by ``order``, in one step: it then depends on their content alone."""
     write_text(path, "".join(json.dumps(cell) + "\n" for cell in sorted(cells, key=order)))
 
 
 def provenance() -> dict[str, Any]:
-    """What figures are measured with. ``commit`` is that of the package, with ``-dirty`` where its code has been changed
-    since; None where it is installed from no checkout of its own."""
+    """What figures are measured with. ``commit`` is that of the package, with ``-dirty`` where its code has been
+    changed since; None where it is installed from no checkout of its own."""
     packages = ("torch", "transformers", "gymnasium", "stable-baselines3", "sb3-contrib", "numpy")
     return {
         "commit": _commit(),

@@ -20,8 +20,8 @@ def load_agent(name: str) -> Callable[..., Any]:
 
     Args:
         name: One of `AGENTS`, "module:Class" or "path/to/file.py:Class". The class has ``learn(total_timesteps,
-            callback=None)`` and ``predict(observation)``, and better a ``policy_model`` too, a causal language model: without
-            it the KL is unknown. An algorithm of Stable-Baselines3 (a subclass of ``BaseAlgorithm``) gets our adapter.
+            callback=None)`` and ``predict(observation)``, and better a ``policy_model`` too, a causal language model:
+            without it the KL is unknown. An algorithm of Stable-Baselines3 (a ``BaseAlgorithm``) gets our adapter.
 
     Raises:
         ValueError: If there is no such agent, or the class lacks a method.

@@ -99,7 +99,7 @@ class Progress:
             total = sum(seconds for seconds, _ in took)
             table.add_row(
                 escape(agent), f"{len(cells)}/{self._count(self.keys, agent)}", str(len(cells) - len(values)),
-                f"{np.mean(values):.3f}" if values else "", f"{total / len(took):.0f}" if took else "",
+                f"{np.mean(values):.3f}" if values else "", f"{total / len(took):.1f}" if took else "",
                 f"{sum(tokens for _, tokens in took) / total:,.0f}" if total else "",
             )  # fmt: skip
         return table

@@ -1,7 +1,8 @@
 """A benchmark: agents x tasks x KL coefficients x seeds in a directory, of which what is missing is run.
 
-results.jsonl   a line for each finished cell: its key, what was found, and what it was measured with. Nothing in it depends
-                on time or order, and a finished run leaves it sorted: interrupted and resumed, it ends as the same bytes.
+results.jsonl   a line for each finished cell: its key, what was found, and what it was measured with. Nothing in it
+                depends on time or order, and a finished run leaves it sorted: interrupted and resumed, it ends as the
+                same bytes.
 timings.jsonl   a line for each finished cell: its key and seconds
 tuning.jsonl    the cells of the tuning, as in results.jsonl
 
@@ -24,7 +25,7 @@ from .contestants import load_agent
 from .processes import run_cells
 from .progress import Progress
 from .suites import Suite, make_envs, make_policy, suite_named
-from .training import run_cell
+from .training import describe, run_cell
 
 RESULTS, TIMINGS, TUNING = "results.jsonl", "timings.jsonl", "tuning.jsonl"
 KEY = (
@@ -187,7 +188,7 @@ def check_agents(plan: Plan, keys: Sequence[dict[str, Any]]) -> None:
         except Exception as error:
             settings = ", ".join(f"{name}={value}" for name, value in key["config"].items()) or "its own settings"
             raise ValueError(
-                f"--agents {key['agent']} cannot be made with {settings}: {type(error).__name__}: {error}"
+                f"--agents {key['agent']} cannot be made with {settings}: {describe(error).partition(': ')[2]}"
             ) from error
 
 
@@ -237,7 +238,7 @@ def _refuse_mixing(path: Path, cells: Sequence[dict[str, Any]], now: dict[str, A
 
 @contextlib.contextmanager
 def _locked(out: Path) -> Iterator[None]:
-    """Two runs in one directory would measure the same cells twice. The lock ends with its process, however that ends."""
+    """Two runs in one directory would measure the same cells twice. The lock ends with its process, whatever ends it."""
     try:
         import fcntl
     except ImportError:  # Windows

@@ -1,9 +1,10 @@
 """One cell of a benchmark: an agent is trained once and measured, whatever becomes of it.
 
 What it uses is counted on the environment itself, so an agent cannot miscount: generated tokens, responses that the
-reward has scored, and seconds without those of the measurements. Failures are results: ``failure`` is "nan" (weights
-or measures that are no finite numbers), "kl" (more than `KL_BOUND` nats for each token of the longest response from the
-reference) or "exception: TYPE: MESSAGE". A failed cell has the metrics that could still be measured.
+reward has scored, and seconds without those of the measurements. Failures are results. ``failure`` is "nan" (a weight
+that is NaN or infinite, or a measure that is), "kl" (the policy is more than `KL_BOUND` nats for each token of the
+longest response from the reference) or "exception: TYPE: MESSAGE". A failed cell has the metrics that could still be
+measured.
 """
 
 from __future__ import annotations
@@ -146,7 +147,7 @@ def run_cell(
         def after_update(learner: Any, metrics: dict[str, float]) -> bool:
             for name, phase in PHASES.items():
                 phases[phase] += metrics.get(name, 0.0)
-            if meter.spent >= 1 or not has_finite_weights(learner):
+            if meter.spent >= 1 or not has_sound_weights(learner):
                 return False
             if meter.spent >= len(curve) / NUM_POINTS:
                 look(quick=True)
@@ -167,7 +168,7 @@ def run_cell(
             failure = failure or describe(error)
     usage = {"tokens": meter.tokens, "reward_calls": meter.reward_calls}
     known = {name: value for name, value in metrics.items() if math.isfinite(value)}
-    if len(known) < len(metrics) or not has_finite_weights(learner):
+    if len(known) < len(metrics) or not has_sound_weights(learner):
         failure = "nan"
     elif failure is None and known.get("kl", 0.0) > KL_BOUND * envs.unwrapped.max_response_tokens:
         failure = "kl"
@@ -177,10 +178,13 @@ def run_cell(
     }  # fmt: skip
 
 
-def has_finite_weights(learner: Any) -> bool:
-    """Whether all weights of its ``policy_model`` are finite numbers; True where there is none."""
+def has_sound_weights(learner: Any) -> bool:
+    """Whether no weight of its ``policy_model`` is NaN or infinite; True where there is no model.
+
+    Minus infinity is sound: in a table it stands for a token that is never chosen.
+    """
     model = getattr(learner, "policy_model", None)
-    return model is None or all(bool(torch.isfinite(p).all()) for p in model.parameters())
+    return model is None or all(bool((p < torch.inf).all()) for p in model.parameters())
 
 
 def describe(error: Exception) -> str:

@@ -32,8 +32,8 @@ LEARNING_RATES = {
     "lstm": LogUniform(2e-4, 2e-2),
     "reference": LogUniform(3e-5, 1e-3),
 }
-# Agent -> what is searched beside its learning rate: a range, or a list to choose from. Agents that are not here, anybody's
-# among them, have their learning rate tuned.
+# Agent -> what is searched beside its learning rate: a range, or a list to choose from. Agents that are not here,
+# anybody's among them, have their learning rate tuned.
 SPACES: dict[str, dict[str, Any]] = {
     "ppo": {"num_epochs": [1, 2, 4], "gae_lambda": [0.9, 0.95, 1.0]},
     "sb3-ppo": {"n_epochs": [1, 2, 4], "gae_lambda": [0.9, 0.95, 1.0]},
@@ -43,7 +43,7 @@ SPACES: dict[str, dict[str, Any]] = {
         "target_kl": LogUniform(3e-3, 0.1), "cg_damping": LogUniform(0.03, 1.0),
     },
 }  # fmt: skip
-# (agent, policy) -> settings where neither the command line nor the tuning says otherwise; for all others the agent's own.
+# (agent, policy) -> settings where neither the command line nor the tuning says otherwise; all others have their own.
 PRESETS: dict[tuple[str, str], dict[str, Any]] = {
     ("ppo", "tabular"): {"learning_rate": 0.02},
     ("trpo", "tabular"): {"relative_damping": True, "cg_damping": 0.1, "target_kl": 0.01},

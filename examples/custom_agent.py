@@ -2,8 +2,8 @@
 
     rlhf-gym benchmark --agents ppo examples/custom_agent.py:Reinforce --seeds 3 --out runs/mine
 
-An agent is a class with `learn` and `predict`. `policy_model` is what lets the benchmark measure its KL and its distance
-from the optimum; without it only the score of what `predict` says is known.
+An agent is a class with `learn` and `predict`. `policy_model` is what lets the benchmark measure its KL and its
+distance from the optimum; without it only the score of what `predict` says is known.
 """
 
 import copy

@@ -13,6 +13,7 @@ import benchmark_agents
 import gymnasium as gym
 import numpy as np
 import pytest
+import torch
 
 import rlhf_gym  # noqa: F401 - registers the ids
 from rlhf_gym.benchmarks import runner, training, tuning
@@ -182,6 +183,13 @@ def test_nan_is_a_result_and_no_json_of_it_is_written():
     assert (found["status"], found["failure"]) == ("failed", "nan")
     assert "objective" not in found["metrics"] and found["curve"] == [{"tokens": 0, "normalised": 0.0, "kl": 0.0}]
     json.dumps(found, allow_nan=False)
+
+
+def test_minus_infinity_is_a_weight_of_a_token_that_is_never_chosen():
+    learner = benchmark_agents.Idle(None, torch.nn.Linear(2, 1))
+    for value, is_sound in ((-torch.inf, True), (torch.inf, False), (torch.nan, False)):
+        torch.nn.init.constant_(learner.policy_model.weight, value)
+        assert training.has_sound_weights(learner) == is_sound
 
 
 def test_a_kl_above_the_bound_is_a_result(monkeypatch):
