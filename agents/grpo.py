@@ -42,7 +42,7 @@ from torch import Tensor
 
 from .base import Agent
 from .batch import Batch, Rollout
-from .config import GROUP, AgentConfig, Rule, check_fields, flag, one_of
+from .config import GROUP, AgentConfig, check_fields, flag, one_of
 from .functional import LossMode, aggregate_loss, group_advantages, kl_in_loss, masked_mean, policy_loss_clipped
 from .updates import optimise, train_metrics, training_logprobs
 
@@ -52,10 +52,10 @@ DAPO: dict[str, Any] = {
 }  # fmt: skip
 GSPO: dict[str, Any] = {"importance_level": "sequence", "clip_range": (3e-4, 4e-4), "num_minibatches": 4}
 
-CLIP_RANGE: Rule = (
-    "a number in [0, 1] or (low in [0, 1], high >= 0)",
-    lambda x: 0 <= x <= 1 if isinstance(x, (int, float)) else len(x) == 2 and 0 <= x[0] <= 1 and 0 <= x[1] < torch.inf,
-)
+
+def _is_clip_range(x: Any) -> bool:
+    low, high = x if isinstance(x, (tuple, list)) and len(x) == 2 else (x, x)
+    return isinstance(low, (int, float)) and isinstance(high, (int, float)) and 0 <= low <= 1 and 0 <= high < torch.inf
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -96,7 +96,7 @@ class GRPOConfig(AgentConfig):
                 "group_size": GROUP,
                 "divide_by_std dynamic_sampling": flag(),
                 "loss_mode": one_of("sequence_mean", "token_mean", "sequence_sum", "constant"),
-                "clip_range": CLIP_RANGE,
+                "clip_range": ("a number in [0, 1] or (low in [0, 1], high >= 0)", _is_clip_range),
                 "importance_level": one_of("token", "sequence"),
                 "kl_placement": one_of("loss", "reward"),
                 "kl_estimator": one_of("k2", "k3"),
@@ -133,8 +133,9 @@ class GRPO(Agent):
 
     def advantages(self, batch: Batch) -> Tensor:
         """Advantage of each response over its group. (B,) float32."""
-        cfg = self.config
-        paid = batch.scores if cfg.kl_placement == "loss" else batch.rewards.sum(1)
+        cfg, paid = self.config, batch.scores
+        if cfg.kl_placement == "reward":
+            paid = torch.where(batch.response_mask, batch.rewards, 0.0).sum(1)
         return group_advantages(paid, cfg.group_size, baseline="group_mean", divide_by_std=cfg.divide_by_std)
 
     def loss(self, batch: Batch, normaliser: Tensor) -> tuple[dict[str, Tensor], dict[str, Tensor]]:

@@ -18,12 +18,13 @@ from rlhf_gym.agents import AGENTS
 
 # Settings under which a few rollouts of eight responses move the weights visibly.
 SETTINGS = {
+    "grpo": {"learning_rate": 1e-2, "group_size": 4, "num_minibatches": 2},
     "vargrad": {"learning_rate": 1e-2, "group_size": 4, "num_minibatches": 2},
     "soft-q": {"learning_rate": 1e-2, "num_minibatches": 2},
     "q-learning": {},
 }
 NEEDS_KL = {"vargrad", "soft-q"}
-COMPARES_RESPONSES = {"vargrad"}  # equal rewards teach nothing at all
+COMPARES_RESPONSES = {"grpo", "vargrad"}  # equal rewards teach nothing at all
 
 
 def class_of(name):
