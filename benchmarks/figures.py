@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import textwrap
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -29,6 +29,8 @@ OTHERS: dict[str, Any] = {"color": "0.8", "linewidth": 0.8, "zorder": 1}
 NUM_RESAMPLES = 500
 NUM_POINTS = 41
 LOWEST = -0.5  # scores below it stand at the edge: one agent that diverged must not squash the others
+# Inches of a small panel, by how many are in a row.
+PANELS = {1: (4.6, 2.5), 2: (4.4, 2.3), 3: (3.0, 1.9), 4: (2.28, 1.4)}
 SMALLEST = 1e-6  # of the distance from the optimum; below it is rounding
 
 
@@ -120,7 +122,8 @@ def efficiency(suite: Suite, by: str) -> tuple[Figure, dict[str, Curve]] | None:
     if not curves:
         return None
     names = {"tokens": "training tokens", "seconds": "seconds of one run (logarithmic)"}
-    figure = small_multiples(curves, names[by], f"IQM of the {score_name(suite)}", log=by == "seconds")
+    ylabel = f"IQM of {'relative' if suite.relative else 'normalised'} score"
+    figure = small_multiples(curves, names[by], ylabel, log=by == "seconds")
     return figure, curves
 
 
@@ -152,15 +155,15 @@ def profiles(suite: Suite) -> Figure:
     scores = {agent: list(suite.scores(agent).values()) for agent in suite.agents}
     lowest, highest = min(run.score for run in suite.runs), max(run.score for run in suite.runs)
     grid = np.linspace(max(LOWEST, min(0.0, lowest)), max(1.0, highest), 2 * NUM_POINTS - 1)
-    xlabel = f"{score_name(suite)}: threshold"
+    xlabel = score_name(suite)
     if not suite.relative:
         distances = np.geomspace(max(1.0, 1 - lowest), 1e-4, 2 * NUM_POINTS - 1)
-        grid, xlabel = 1 - distances, "1 - normalised score: threshold (logarithmic; 0 is the optimum, 1 the reference)"
+        grid, xlabel = 1 - distances, "1 - normalised score, logarithmic (0 optimum, 1 reference)"
     curves = {}
     for agent, tasks in scores.items():
         found = profile(tasks, grid, num_resamples=NUM_RESAMPLES)
         curves[agent] = (grid if suite.relative else distances), found
-    ylabel = "share of runs that are better"
+    ylabel = "share of runs above"
     return small_multiples(curves, xlabel, ylabel, log=not suite.relative, falling=not suite.relative, bottom=0.0)
 
 
@@ -188,8 +191,9 @@ def small_multiples(
     titles = [_wrapped(label, 28) for label in curves]
     num_columns = min(4, len(curves))
     above = 0.1 + 0.15 * max(title.count("\n") + 1 for title in titles)
-    size = (2.28, 1.2 + 0.2 + above) if num_columns > 1 else (4.4, 2.4)
-    figure, panels = panel_grid(len(curves), num_columns, size, (0.1, 0.2, 0.08, above), around=(0.62, 0.42))
+    width, height = PANELS[num_columns]
+    margins = 0.1, 0.2, 0.08, above
+    figure, panels = panel_grid(len(curves), num_columns, (width, height + above), margins, around=(0.62, 0.42))
     lowest, highest = (float(end([end(found.value) for _, found in curves.values()])) for end in (np.min, np.max))
     for i, (axes, title, (label, (grid, estimate))) in enumerate(zip(panels, titles, curves.items(), strict=True)):
         # One line with gaps: much smaller in a file than many. Half of the points is enough for what stands behind.
@@ -211,7 +215,7 @@ def small_multiples(
             axes.set_xscale("log")
             axes.minorticks_off()
         panels[0].xaxis.set_major_formatter("{x:g}")
-    else:
+    elif max(grid[-1] for grid, _ in curves.values()) >= 1000:
         panels[0].xaxis.set_major_formatter(EngFormatter(sep=""))  # 20k, not 20000
     if falling:
         panels[0].invert_xaxis()
@@ -260,12 +264,11 @@ def _places(run: Run, by: str) -> np.ndarray | None:
 # ---- pairs
 
 
-def improvements(suite: Suite, agents: Sequence[str] | None = None) -> dict[tuple[str, str], Estimate]:
+def improvements(suite: Suite) -> dict[tuple[str, str], Estimate]:
     """How likely the first agent of a pair beats the second, over the tasks that both have runs on."""
-    agents = agents or suite.agents
-    scores, found = {agent: suite.scores(agent) for agent in agents}, {}
-    for i, ours in enumerate(agents):
-        for theirs in agents[i + 1 :]:
+    scores, found = {agent: suite.scores(agent) for agent in suite.agents}, {}
+    for i, ours in enumerate(suite.agents):
+        for theirs in suite.agents[i + 1 :]:
             tasks = [task for task in suite.tasks if task in scores[ours] and task in scores[theirs]]
             if tasks:
                 pair = ([scores[agent][task] for task in tasks] for agent in (ours, theirs))
@@ -280,7 +283,7 @@ def improvement_map(suite: Suite) -> Figure:
 
     found, count = improvements(suite), len(suite.agents)
     names = [_wrapped(agent, 26) for agent in suite.agents]
-    figure = Figure(figsize=(0.36 * count + 2.6, 0.36 * count + 1.9), layout="constrained")
+    figure = Figure(figsize=(0.36 * max(count, 5) + 2.6, 0.36 * max(count, 5) + 1.9), layout="constrained")
     axes = figure.add_subplot()
     matrix = np.full((count, count), np.nan)
     for (ours, theirs), estimate in found.items():
@@ -297,7 +300,7 @@ def improvement_map(suite: Suite) -> Figure:
     axes.xaxis.tick_top()
     axes.xaxis.set_label_position("top")
     axes.set_xlabel("... a run of the agent of the column", fontsize=9)
-    axes.set_ylabel("% chance that a run of this agent beats ...", fontsize=9)
+    axes.set_ylabel("% chance that a run of\nthe agent of the row beats ...", fontsize=9)
     return figure
 
 

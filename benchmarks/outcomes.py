@@ -28,6 +28,8 @@ from .known_answers import TASKS
 from .runner import RESULTS, TIMINGS, as_text
 from .statistics import iqm
 
+AT_REFERENCE = 1e-3  # nats within which a policy has not left the reference
+
 
 class Task(NamedTuple):
     """A task with its KL coefficient; one stratum of the statistics."""
@@ -217,7 +219,7 @@ def _relative_scale(cells: Sequence[tuple[str, Mapping[str, Any]]]) -> tuple[flo
     for label, cell in cells:
         for point in cell.get("curve") or []:
             # Where an agent has not moved yet; one that does not begin at the reference has a KL from the first.
-            if point.get("tokens") == 0 and abs(point.get("kl") or 0.0) < 1e-3:
+            if point.get("tokens") == 0 and abs(point.get("kl") or 0.0) < AT_REFERENCE:
                 starts.append(_objective(point, cell["kl_coef"]))
         if cell.get("status") == "ok":
             ends.setdefault(label, []).append(_objective(cell.get("metrics") or {}, cell["kl_coef"]))

@@ -25,6 +25,7 @@ RELATIVE = (
     "No optimum is known, so the score of a run is its objective (mean score less β times its KL) on a scale where 0 is "
     "the reference and 1 the best agent's mean on that task in this table: it changes when a better agent joins."
 )
+FEW = 5  # seeds; resampling fewer finds too little of their spread
 
 
 def write_report(directory: str | Path, out: str | Path | None = None) -> list[Path]:
@@ -82,10 +83,13 @@ def sections_of(suite: Suite) -> Iterator[tuple[str, Section]]:
     """The parts of a suite: a name for the picture's file, and the part."""
     rows = overview(suite, {})
     if suite.agents:
+        known = f"{RULES}\n\n{RELATIVE if suite.relative else KNOWN}"
+        if min(len(scores) for agent in suite.agents for scores in suite.scores(agent).values()) < FEW:
+            known += f" There are fewer than {FEW} seeds: such intervals are too narrow."
         learning = {by: efficiency(suite, by) for by in ("tokens", "seconds")}
         rows = overview(suite, {by: found[1] for by, found in learning.items() if found})
         yield "iqm", Section(
-            "All tasks together", f"{RULES}\n\n{RELATIVE if suite.relative else KNOWN}", iqm_intervals(suite),
+            "All tasks together", known, iqm_intervals(suite),
             "Interquartile mean of all runs of an agent: dot; its 95 % interval: line. An arrow is a value beyond the axis.",
             rows.header, rows.rows, numbers=True,
         )  # fmt: skip
@@ -94,16 +98,17 @@ def sections_of(suite: Suite) -> Iterator[tuple[str, Section]]:
             "reference is not shown. "
         )
         captions = {
-            "tokens": "What an agent scores by the training tokens it has generated; a failed run counts from its end.",
+            "tokens": "What an agent scores by the training tokens it has generated. A run that has ended keeps its final score, "
+            "and a failed one what it counts; budgets differ between tasks.",
             "seconds": "What an agent scores by the time that it has learnt, without that of measuring it. Seconds depend "
-            "on the machine, and on how many runs shared it.",
+            "on the machine, and on how many runs shared it. A run that has ended keeps its final score.",
         }
         for by, title in (("tokens", "Sample efficiency"), ("seconds", "Time efficiency")):
             if learning[by]:
                 yield by, Section(title, "", learning[by][0], small + captions[by])
         yield "profiles", Section(
             "Performance profiles", "", profiles(suite),
-            small + "The share of an agent's runs that are better than a threshold; the further up and to the right the "
+            small + "The share of an agent's runs that score more than the value on the x axis; the further up and to the right the "
             "curve goes, the better.",
         )  # fmt: skip
         if len(suite.agents) > 1:
@@ -161,18 +166,14 @@ def _tables(suite: Suite) -> Iterator[tuple[str, Section]]:
             "Their mean score without any penalty stands in the tables by task as `raw`."
         )
         yield "", Section("Not rated", text)
-    if any(run.failure for run in suite.runs):
-        yield (
-            "",
-            _section(
-                "Runs that failed", "`kl`: too far from the reference; `nan`: numbers that are none.", failures(suite)
-            ),
-        )
-    yield "", _section("Settings", "", settings_of(suite))
+    if any(run.failure is not None for run in suite.runs):
+        text = "`kl`: too far from the reference; `nan`: weights or measures that are no finite numbers."
+        yield "", _section("Runs that failed", text, failures(suite), numbers=False)
+    yield "", _section("Settings", "", settings_of(suite), numbers=False)
 
 
-def _section(title: str, text: str, table: Table) -> Section:
-    return Section(title, text, header=table.header, rows=table.rows, numbers=True)
+def _section(title: str, text: str, table: Table, numbers: bool = True) -> Section:
+    return Section(title, text, header=table.header, rows=table.rows, numbers=numbers)
 
 
 def measured_with(suites: Sequence[Suite]) -> str:

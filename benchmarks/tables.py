@@ -35,7 +35,7 @@ def overview(suite: Suite, curves: Mapping[str, Mapping[str, Curve]]) -> Table:
         suite: The runs.
         curves: Learning curves of the agents over ``tokens`` and over ``seconds``, as far as there are any.
     """
-    header = ["agent", "IQM [95 % interval]", "mean", "worst run", "failed runs (95 %)"]
+    header = ["agent", "IQM [95 % interval]", "mean", "worst run", "failed (95\N{NO-BREAK SPACE}%)"]
     header += [f"{by} to {REACHED:g}" for by in ("tokens", "seconds")] + ["seconds a run", "runs"]
     rows, most = [], max(len(suite.of(agent)) for agent in [*suite.agents, *suite.unrated])
     for agent in suite.agents:
@@ -84,7 +84,7 @@ def regrets(suite: Suite, tasks: Sequence[Task]) -> Table | None:
     if not any(math.isfinite(run.metric("regret")) for task in tasks for run in suite.runs_on(task)):
         return None
     rows = [
-        [agent, *(_entry(suite.of(agent, task), lambda run: run.metric("regret"), form="{:.2g}") for task in tasks)]
+        [agent, *(_entry(suite.of(agent, task), lambda run: run.metric("regret"), form=_short) for task in tasks)]
         for agent in suite.agents
     ]
     return Table(["agent", *map(str, tasks)], rows)
@@ -98,12 +98,9 @@ def measures(suite: Suite, task: Task) -> Table:
     for agent in [*suite.agents, *suite.unrated]:
         mine = suite.of(agent, task)
         if mine:
+            forms = {"reward_calls": "{:,.0f}".format}
             entries = [
-                _entry(
-                    mine,
-                    lambda run, name=name: run.metric(name),
-                    form="{:,.0f}" if name == "reward_calls" else "{:.4g}",
-                )
+                _entry(mine, lambda run, name=name: run.metric(name), form=forms.get(name, "{:.4g}".format))
                 for name in names
             ]
             rows.append([agent, *entries])
@@ -111,13 +108,21 @@ def measures(suite: Suite, task: Task) -> Table:
 
 
 def failures(suite: Suite) -> Table:
-    """Each run that failed, and what it counts."""
-    rows = [
-        [run.agent, str(run.task), str(run.seed), run.failure or "", f"{run.metric('tokens'):,.0f}".replace("nan", "-"),
-         f"{run.score:.4f}"]
-        for run in suite.runs if run.failure is not None
-    ]  # fmt: skip
-    return Table(["agent", "task", "seed", "failure", "tokens until then", "counted as"], rows)
+    """What went wrong, how often and where, and what those runs count."""
+    groups: dict[tuple[str, str], list[Run]] = {}
+    for run in suite.runs:
+        if run.failure is not None:
+            groups.setdefault((run.agent, run.failure), []).append(run)
+    rows = []
+    for (agent, failure), runs in groups.items():
+        seeds: dict[Task, list[str]] = {}
+        for run in runs:
+            seeds.setdefault(run.task, []).append(str(run.seed))
+        where = "; ".join(f"{task}: seed {', '.join(found)}" for task, found in seeds.items())
+        scores = [run.score for run in runs]
+        low, high = f"{min(scores):.3g}", f"{max(scores):.3g}"
+        rows.append([agent, failure, where, low if low == high else f"{low} to {high}"])
+    return Table(["agent", "failure", "runs", "counted as"], rows)
 
 
 def settings_of(suite: Suite) -> Table:
@@ -151,7 +156,19 @@ def _raw_score(run: Run) -> float:
     return run.metric("score") if "score" in run.cell.get("metrics", {}) else run.metric("reward")
 
 
-def _entry(runs: Sequence[Run], value: Callable[[Run], float], kind: str = "", form: str = "{:.4f}") -> str:
+def _fixed(number: float) -> str:
+    return f"{number:.4f}"
+
+
+def _short(number: float) -> str:
+    """Two digits, ``8.1e-5`` or ``0.0011``."""
+    mantissa, _, exponent = f"{number:.1e}".partition("e")
+    return f"{mantissa}e{int(exponent)}" if 0 < abs(number) < 1e-3 else f"{number:.2g}"
+
+
+def _entry(
+    runs: Sequence[Run], value: Callable[[Run], float], kind: str = "", form: Callable[[float], str] = _fixed
+) -> str:
     """``0.9996 ± 0.0004`` and a second line ``(1 failed)``; the spread only where there is more than one seed."""
     values = [number for number in map(value, runs) if math.isfinite(number)]
     failed = sum(run.failure is not None for run in runs)
@@ -159,5 +176,5 @@ def _entry(runs: Sequence[Run], value: Callable[[Run], float], kind: str = "", f
     if not values:
         return "-" + note
     found = mean(values)
-    half = "" if len(values) == 1 else " ± " + form.format(found.high - found.value)
-    return f"{kind}{form.format(found.value)}{half}{note}"
+    half = "" if len(values) == 1 else " ± " + form(found.high - found.value)
+    return f"{kind}{form(found.value)}{half}{note}"

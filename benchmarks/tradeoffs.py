@@ -18,7 +18,7 @@ from rlhf_gym.plots import STYLES
 from .figures import panel_grid
 from .frontier import FRONTIER, REFERENCE, RING, Curves, curves_of, draw_task
 from .known_answers import TASKS
-from .outcomes import Suite, Task
+from .outcomes import AT_REFERENCE, Suite, Task
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -56,7 +56,7 @@ def reward_against_kl(suite: Suite, tasks: Sequence[Task] | None = None) -> Figu
         if task.name in TASKS and points:
             points = _draw_known(axes, curves_of(task.name, [task.kl_coef]), points)
         else:
-            _draw_paths(axes, suite, task)
+            _draw_paths(axes, suite, task, "kl", "score")
         _draw_points(axes, points)
         axes.set_title(str(task), fontsize=10, fontweight="bold")
         axes.set_xlabel("KL to the reference (nats per response)", fontsize=9)
@@ -79,6 +79,8 @@ def gold_against_proxy(suite: Suite) -> Figure | None:
                 frontier, marked = known.frontier, known.marked
                 axes.plot(frontier.reward, frontier.metrics["gold"], label="along the frontier (exact)", **FRONTIER)
                 axes.plot(marked.reward, marked.metrics["gold"], label="optimum of the proxy at β", **RING)
+        else:
+            _draw_paths(axes, suite, task, "score", "gold")
         _draw_points(axes, points)
         axes.set_title(str(task), fontsize=10, fontweight="bold")
         axes.set_xlabel("proxy: mean score that is paid for", fontsize=9)
@@ -126,18 +128,19 @@ def _draw_known(axes: Axes, curves: Curves, points: Sequence[Point]) -> list[Poi
     return [p if p.x <= edge else Point(edge, p.y, f"{p.label}: KL {p.x:.3g}", p.failed) for p in points]
 
 
-def _draw_paths(axes: Axes, suite: Suite, task: Task) -> None:
+def _draw_paths(axes: Axes, suite: Suite, task: Task, x: str, y: str) -> None:
     """Where the agents went while they learnt, run by run, and where they began."""
-    starts = []
+    starts, label = [], "while they learn"
     for run in suite.runs_on(task):
-        points = [(point.get("kl"), point.get("score")) for point in run.cell.get("curve") or []]
-        points = [(x, y) for x, y in points if isinstance(x, int | float) and isinstance(y, int | float)]
+        curve = run.cell.get("curve") or []
+        points = [(point[x], point[y]) for point in curve if point.get(x) is not None and point.get(y) is not None]
         if points:
-            axes.plot(*zip(*points, strict=True), **PATH)
-            starts += [points[0][1]] if abs(points[0][0]) < 1e-3 else []
-    axes.plot([], [], label="while they learn", **PATH)
+            axes.plot(*zip(*points, strict=True), label=label, **PATH)
+            label = ""
+            if curve[0].get("tokens") == 0 and abs(curve[0].get("kl") or 0.0) < AT_REFERENCE:
+                starts.append(points[0])
     if starts:
-        axes.plot([0], [np.mean(starts)], label="reference", **REFERENCE)
+        axes.plot(*np.mean(starts, axis=0)[:, None], label="reference", **REFERENCE)
 
 
 def _draw_points(axes: Axes, points: Sequence[Point]) -> None:
