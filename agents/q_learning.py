@@ -19,8 +19,8 @@ Source:
     Watkins 1989; Watkins & Dayan 1992: Q converges to the optimal values if all pairs are tried again and again and
     sum alpha = inf, sum alpha^2 < inf (a step_power above .5, up to 1). Even-Dar & Mansour 2003: powers below 1 are faster.
 
-Metrics beside those of every agent: ``train/epsilon``, ``train/td_error`` (mean absolute), ``train/table_coverage`` (share of
-all state-token pairs that have been tried). The settings of gradient steps (learning_rate, num_epochs and the like) and
+Metrics beside those of every agent: ``train/epsilon``, ``train/td_error`` (mean absolute), ``train/num_pairs`` (pairs of a state
+and a token that have been tried). The settings of gradient steps (learning_rate, num_epochs and the like) and
 ref_kl_target have no effect: there are none.
 """
 
@@ -80,7 +80,8 @@ class QLearning(Agent):
 
     Args:
         envs: A vector environment with known answers (`rlhf_gym.exact`).
-        policy: "tabular": one row of values per state of the environment. A `TabularForCausalLM` gives its states only.
+        policy: "tabular" or None: one row of values per state of the environment. A `TabularForCausalLM` gives its
+            states only.
         seed, audit_interval, **config: As in :class:`~rlhf_gym.agents.base.Agent`.
 
     Attributes:
@@ -98,7 +99,7 @@ class QLearning(Agent):
     config_class = QLearningConfig
 
     def __init__(self, envs: VectorEnv, policy: Any = "tabular", seed: int = 0, **arguments: Any):
-        super().__init__(envs, policy, seed, **arguments)
+        super().__init__(envs, "tabular" if policy is None else policy, seed, **arguments)
         model = self.policy.model
         if not isinstance(model, TabularForCausalLM):
             raise ValueError(f'policy must be "tabular" (a table of values is learnt), got {policy!r}')
@@ -119,7 +120,7 @@ class QLearning(Agent):
         """Share of tokens chosen to explore, by schedule."""
         cfg, done = self.config, 1.0 - self.progress_remaining
         share = min(1.0, done / cfg.exploration_fraction) if cfg.exploration_fraction else 1.0
-        return cfg.epsilon_start + share * (cfg.epsilon_end - cfg.epsilon_start)
+        return (1 - share) * cfg.epsilon_start + share * cfg.epsilon_end
 
     def update(self, rollout: Rollout) -> dict[str, float]:
         """One rollout's worth of learning; returns the ``train/`` metrics."""
@@ -140,7 +141,7 @@ class QLearning(Agent):
         metrics = {
             "train/epsilon": self.epsilon,
             "train/td_error": float(np.abs(errors).mean()),
-            "train/table_coverage": float((visits > 0)[self._permitted].mean()),
+            "train/num_pairs": float((visits > 0).sum()),
         }
         self._follow(0.0)
         return metrics
@@ -173,7 +174,7 @@ class QLearning(Agent):
     @classmethod
     def load(cls, directory: str | Path, env: VectorEnv) -> QLearning:
         """As :meth:`~rlhf_gym.agents.base.Agent.load`."""
-        agent = super().load(directory, env)
+        agent: Any = super().load(directory, env)
         agent.q_values = np.array(agent.state["q_values"], dtype=np.float64)
         agent.num_visits = np.array(agent.state["num_visits"], dtype=np.int64)
         agent._follow(0.0)
