@@ -15,8 +15,6 @@ from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
 from typing import Any
 
-import torch
-
 GRACE = 5.0  # seconds to end by itself
 THREADS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
 
@@ -109,7 +107,7 @@ def _work(connection: Connection, function: Callable[..., Any]) -> None:
         key = connection.recv()
         answer: tuple[bool, Any]
         try:
-            answer = True, _on_one_thread(function, key)
+            answer = True, function(**key)  # on one thread: so says the environment that this process began with
         except Exception as error:
             answer = False, error
         connection.send(answer)
@@ -126,6 +124,8 @@ def _exit_with_parent() -> None:
 
 
 def _on_one_thread(function: Callable[..., dict[str, Any]], key: dict[str, Any]) -> dict[str, Any]:
+    import torch  # a process of its own may do without
+
     with contextlib.ExitStack() as stack:
         stack.callback(torch.set_num_threads, torch.get_num_threads())
         torch.set_num_threads(1)

@@ -38,7 +38,7 @@ class Progress:
         """
         self.title, self.keys, self.cells, self.jobs = title, keys, list(done), jobs
         self._before, self._started = len(done), time.perf_counter()
-        self._took: dict[str, list[tuple[float, int]]] = {}  # agent -> seconds, measurements among them, and tokens
+        self._took: dict[str, list[tuple[float, int]]] = {}  # agent -> seconds and tokens of its cells
         if not self.is_drawn or len(done) == len(keys):
             yield
             return
@@ -62,8 +62,9 @@ class Progress:
         if not new:
             return None
         # Of all that was spent, measurements and starts of processes too, an agent's cells have their share.
-        trained = {agent: float(np.mean([seconds for seconds, _ in took])) for agent, took in self._took.items()}
-        all_trained = sum(seconds for took in self._took.values() for seconds, _ in took)
+        sums = {agent: sum(seconds for seconds, _ in took) for agent, took in self._took.items()}
+        trained = {agent: total / len(self._took[agent]) for agent, total in sums.items()}
+        all_trained = sum(sums.values())
         factor = elapsed / max(all_trained, 1e-9)
         typical = all_trained / new
         ahead = sum(
@@ -74,12 +75,10 @@ class Progress:
 
     def line(self, cell: dict[str, Any], seconds: float) -> str:
         """What has been found last, and how long the rest may take."""
-        left = self.seconds_left()
+        count = f"{len(self.cells)}/{len(self.keys)}, {as_duration(self.seconds_left())} left"
         found = cell["failure"] or f"{value_of(cell):.4f}"
-        return (
-            f"{self.title} [{len(self.cells)}/{len(self.keys)}, {as_duration(left)} left] {cell['agent']} {cell['task']} "
-            f"{cell['kl_coef']:g} seed {cell['seed']}: {found} in {seconds:.0f} s"
-        )
+        what = f"{cell['agent']} {cell['task']} {cell['kl_coef']:g} seed {cell['seed']}"
+        return f"{self.title} [{count}] {what}: {found} in {seconds:.0f} s"
 
     def table(self) -> Any:
         """A row per agent: cells, failures, the mean of what they reached, and speed."""

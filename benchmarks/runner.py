@@ -238,7 +238,7 @@ def _refuse_mixing(path: Path, cells: Sequence[dict[str, Any]], now: dict[str, A
 
 @contextlib.contextmanager
 def _locked(out: Path) -> Iterator[None]:
-    """Two runs in one directory would measure the same cells twice. The lock ends with its process, whatever ends it."""
+    """Two runs in a directory would measure the same cells. The lock ends with its process, whatever ends that."""
     try:
         import fcntl
     except ImportError:  # Windows

@@ -1,10 +1,8 @@
-"""Agents and functions that the benchmark's tests name as ``benchmark_agents:X``; other processes import them too."""
+"""Agents that the benchmark's tests name as ``benchmark_agents:X``."""
 
 from __future__ import annotations
 
 import os
-import time
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -73,20 +71,3 @@ class NoAgent:
 
     def learn(self, total_timesteps, callback=None):
         pass
-
-
-def square(x, folder=None):
-    return {"square": x * x}
-
-
-def dies_at_two(x, folder):
-    """Ends its process; a file for each time."""
-    (Path(folder) / f"{x}-{os.getpid()}").touch()
-    if x == 2:
-        os._exit(3)
-    return {"square": x * x}
-
-
-def sleeps(x, folder):
-    (Path(folder) / f"{os.getpid()}").touch()
-    time.sleep(60)
