@@ -2,26 +2,27 @@
 
     1. Responses are sampled by the epsilon-greedy policy of Q: with probability epsilon any token, else the best one.
     epsilon falls linearly from its first to its last value over the first part of the training.
-    2. Q(s, a) <- Q(s, a) + alpha * (r + max_a' Q(s', a') - Q(s, a)) for each token, from the last one of a response to the
-    first, so that a score reaches the beginning at once; alpha = 1 / n(s, a)^step_power with n the number of updates of
-    that pair.
+    2. Q(s, a) <- Q(s, a) + alpha * (r + max_a' Q(s', a') - Q(s, a)) for each token, from the last one of a response
+    to the first, so that a score reaches the beginning at once; alpha = 1 / n(s, a)^step_power with n the number of
+    updates of that pair.
 
-Objective: **E[score], and nothing about the KL**, however large kl_coef is: the environment's penalty is added back to the
-rewards. Trained to the end, it is the best policy for kl_coef = 0, and what `rlhf_gym.exact.evaluate` finds as its
-regret is the price of ignoring the KL. As a model (``policy_model``, what is saved) it is the greedy policy, the reference
-renormalised on the best tokens where several are equally good, so that it stays as near to the reference as a greedy
-policy can in each state. While it learns, the log-probs announced to the environment are those of the epsilon-greedy policy,
-with which the tokens are drawn.
+Objective: **E[score], and nothing about the KL**, however large kl_coef is: the environment's penalty is added back
+to the rewards. Trained to the end, it is the best policy for kl_coef = 0, and what `rlhf_gym.exact.evaluate` finds as
+its regret is the price of ignoring the KL. As a model (``policy_model``, what is saved) it is the greedy policy, the
+reference renormalised on the best tokens where several are equally good, so that it stays as near to the reference as
+a greedy policy can in each state. While it learns, the log-probs announced to the environment are those of the
+epsilon-greedy policy, with which the tokens are drawn.
 
 Exploration and learning only ever see tokens that the environment permits and the reference can produce.
 
 Source:
     Watkins 1989; Watkins & Dayan 1992: Q converges to the optimal values if all pairs are tried again and again and
-    sum alpha = inf, sum alpha^2 < inf (a step_power above .5, up to 1). Even-Dar & Mansour 2003: powers below 1 are faster.
+    sum alpha = inf, sum alpha^2 < inf (a step_power above .5, up to 1). Even-Dar & Mansour 2003: powers below 1 are
+    faster.
 
-Metrics beside those of every agent: ``train/epsilon``, ``train/td_error`` (mean absolute), ``train/num_pairs`` (pairs of a state
-and a token that have been tried). The settings of gradient steps (learning_rate, num_epochs and the like) and
-ref_kl_target have no effect: there are none.
+Metrics beside those of every agent: ``train/epsilon``, ``train/td_error`` (mean absolute), ``train/num_pairs`` (pairs
+of a state and a token that have been tried). The settings of gradient steps (learning_rate, num_epochs and the like)
+and ref_kl_target have no effect: there are none.
 """
 
 from __future__ import annotations

@@ -1,31 +1,33 @@
 """Soft Q-learning with the reference as prior: the language model and its value head together are the Q-function.
 
-    1. Q(s, a) = beta * (log pi(a|s) - log pi_ref(a|s)) + V(s), beta = kl_coef: pi is the policy, V the value head. Then
-    V(s) = beta log sum_a pi_ref(a|s) exp(Q(s, a) / beta) whatever the weights are, and pi is the soft-greedy policy of Q.
+    1. Q(s, a) = beta * (log pi(a|s) - log pi_ref(a|s)) + V(s), beta = kl_coef: pi is the policy, V the value head.
+    Then V(s) = beta log sum_a pi_ref(a|s) exp(Q(s, a) / beta) whatever the weights are, and pi is the soft-greedy
+    policy of Q.
     2. Sample responses from pi. Soft TD errors with the weights that sampled: d_t = r_t + V(s_{t+1}) - Q(s_t, a_t), V
     after the last token 0, r the score without any KL.
-    3. Targets, fixed for this rollout: G_t = Q(s_t, a_t) + sum_k lambda^k d_{t+k}. lambda 0 is r_t + V(s_{t+1}), the soft
-    Bellman equation; 1 is r_t plus all later rewards minus their KL.
-    4. num_epochs passes over minibatches with the loss (Q - G)^2 / 2 per token. The next rollout's targets come from the
-    new weights: the sampling policy is the lagging copy.
+    3. Targets, fixed for this rollout: G_t = Q(s_t, a_t) + sum_k lambda^k d_{t+k}. lambda 0 is r_t + V(s_{t+1}), the
+    soft Bellman equation; 1 is r_t plus all later rewards minus their KL.
+    4. num_epochs passes over minibatches with the loss (Q - G)^2 / 2 per token. The next rollout's targets come from
+    the new weights: the sampling policy is the lagging copy.
 
-Objective: E[score] - kl_coef * KL(pi || pi_ref) over whole responses. Writing a token leads to one state only, so at the
-optimum all d_t are 0 on every path, not just in the mean: the fixed point is pi* and V* for any lambda and for any policy
-that may have sampled, and no noise is left there. kl_coef must be > 0. No exploration is added: pi samples.
+Objective: E[score] - kl_coef * KL(pi || pi_ref) over whole responses. Writing a token leads to one state only, so at
+the optimum all d_t are 0 on every path, not just in the mean: the fixed point is pi* and V* for any lambda and for
+any policy that may have sampled, and no noise is left there. kl_coef must be > 0. No exploration is added: pi
+samples.
 
 Relation to policy gradients: before the first step, the loss's gradient on the policy is beta times that of an
-actor-critic with the KL in the reward and GAE (Schulman et al. 2017, section 3). Afterwards an actor-critic, PPO too,
+actor-critic with the KL in the reward and GAE (Schulman et al. 2017). Afterwards an actor-critic, PPO too,
 pushes on while its advantages stay what they were; a squared error stops at its target.
 
 Source:
-    Nachum et al. 2017 (path consistency learning), with V and pi parts of one Q-function as in their unified PCL; Guo et
-    al. 2021, "Text generation with efficient (soft) Q-learning", where Q is the logits themselves, and the prior is
-    uniform. Differs: targets are not differentiated; lambda averages over path lengths; there is no replay, whose
+    Nachum et al. 2017 (path consistency learning), with V and pi parts of one Q-function as in their unified PCL; Guo
+    et al. 2021, "Text generation with efficient (soft) Q-learning", where Q is the logits themselves, and the prior
+    is uniform. Differs: targets are not differentiated; lambda averages over path lengths; there is no replay, whose
     samples would have to be saved with the agent.
 
-Metrics beside those of every agent: ``train/td_error`` (mean of |sum_k lambda^k d_{t+k}|), ``train/explained_variance``
-(of the targets, by Q), ``train/approx_kl`` (old to new policy, nats per token, k3), ``train/loss``, ``train/grad_norm``,
-``train/learning_rate``, ``train/n_updates``.
+Metrics beside those of every agent: ``train/td_error`` (mean of |sum_k lambda^k d_{t+k}|),
+``train/explained_variance`` (of the targets, by Q), ``train/approx_kl`` (old to new policy, nats per token, k3),
+``train/loss``, ``train/grad_norm``, ``train/learning_rate``, ``train/n_updates``.
 """
 
 from __future__ import annotations

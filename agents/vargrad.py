@@ -1,25 +1,25 @@
 """VarGrad, or trajectory balance with a batch's own estimate of log Z: make the certificate of optimality constant.
 
     1. Sample groups of responses to the same prompt.
-    2. S(y) = r(y) - beta * (log pi(y) - log pi_ref(y)) of each, with beta = kl_coef, r the score of the whole response
-    and log pi that of the policy as it is now: S has a gradient.
+    2. S(y) = r(y) - beta * (log pi(y) - log pi_ref(y)) of each, with beta = kl_coef, r the score of the whole
+    response and log pi that of the policy as it is now: S has a gradient.
     3. Loss: the variance of S within each group (over n - 1), divided by 2 beta.
 
 Objective: E[score] - kl_coef * KL(pi || pi_ref) over whole responses. S is the same for all responses, namely J* =
-beta log Z, if and only if pi is the optimal policy; so the variance is 0 there and nowhere else, **whatever policy the
-responses come from**, as long as it can produce all of them. Several epochs need no importance weights and no clipping,
-and at the optimum every sample's gradient is 0: there is no noise left to go round in. kl_coef must be > 0.
+beta log Z, if and only if pi is the optimal policy; so the variance is 0 there and nowhere else, **whatever policy
+the responses come from**, as long as it can produce all of them. Several epochs need no importance weights and no
+clipping, and at the optimum every sample's gradient is 0: there is no noise left to go round in. kl_coef must be > 0.
 
-Relation to RLOO: with A_i = S_i minus the mean of the group's other S_j, the gradient of a group's loss is
--1/n sum_i A_i grad(log pi(y_i)). In the first step on fresh samples that is RLOO's with the KL in the reward, sample by
-sample and not only in expectation (Richter et al. 2020, section 3); and its expectation is the gradient of the
-objective. Afterwards RLOO's A_i stay what they were while the policy moves on; these are computed anew with it, and
-shrink as the group comes into balance.
+Relation to RLOO: with A_i = S_i minus the mean of the group's other S_j, the gradient of a group's loss is -1/n sum_i
+A_i grad(log pi(y_i)). In the first step on fresh samples that is RLOO's with the KL in the reward, sample by sample
+and not only in expectation (Richter et al. 2020); and its expectation is the gradient of the objective.
+Afterwards RLOO's A_i stay what they were while the policy moves on; these are computed anew with it, and shrink as
+the group comes into balance.
 
 Source:
-    Richter et al. 2020, "VarGrad"; Malkin et al. 2022, "Trajectory balance", whose learnt log Z is the group's mean here;
-    Bartoldson et al. 2025, "Trajectory Balance with Asynchrony", for language models. Differs: the variance is over
-    n - 1 and divided by 2 beta, so that one learning rate does for any group size and price; there is no replay.
+    Richter et al. 2020, "VarGrad"; Malkin et al. 2022, "Trajectory balance", whose learnt log Z is the group's mean
+    here; Bartoldson et al. 2025, "Trajectory Balance with Asynchrony", for language models. Differs: the variance is
+    over n - 1 and divided by 2 beta, so that one learning rate does for any group size and price; there is no replay.
 
 Metrics beside those of every agent: ``train/variance`` (of S, within groups), ``train/approx_kl`` (old to new policy,
 nats per token, k3), ``train/loss``, ``train/grad_norm``, ``train/learning_rate``, ``train/n_updates``.
@@ -44,8 +44,8 @@ class VarGradConfig(AgentConfig):
     """Settings of VarGrad, and those of every agent (:class:`~rlhf_gym.agents.config.AgentConfig`).
 
     Attributes:
-        group_size: Responses per prompt, >= 2; divides the environment's rows. The estimate of log Z adds 1 / (n - 1)
-            to the gradient's variance, so there is little to be won beyond 8.
+        group_size: Responses per prompt, >= 2; divides the environment's rows. The estimate of log Z adds about
+            1 / (n - 1) to the gradient's variance, so there is little to be won beyond 8.
         num_epochs, num_minibatches: Passes over each rollout, and optimiser steps per pass.
     """
 
@@ -110,7 +110,7 @@ def group_variance(
         ValueError: If the group size does not fit.
 
     Source:
-        Richter et al. 2020, definition 1 (the log-variance loss), times 2 kl_coef^2.
+        Richter et al. 2020 (the log-variance loss), in units of the score.
 
     Example:
         >>> logprobs, mask = torch.tensor([[0.5], [0.25]]).log(), torch.tensor([[True], [True]])
@@ -118,7 +118,7 @@ def group_variance(
         tensor([0.5000, 0.5000])
     """
     log_ratio = torch.where(mask, logprobs, 0.0).sum(1) - torch.where(mask, ref_logprobs, 0.0).sum(1)
-    # S minus the mean of the others is n / (n - 1) times S minus the mean of all. One by one: added to a large score, small
-    # differences of the KL would be rounded away.
+    # S minus the mean of the others is n / (n - 1) times S minus the mean of all. Scores and KL one by one: small
+    # differences of the KL, added to a large score, would be rounded away.
     differences = group_advantages(scores, group_size) - kl_coef * group_advantages(log_ratio, group_size)
     return differences.square() * ((group_size - 1) / group_size)

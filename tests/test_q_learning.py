@@ -1,4 +1,4 @@
-"""Tabular Q-learning: updates by hand, optimal values by enumeration, what explores, and the greedy policy as a model."""
+"""Tabular Q-learning: updates by hand, optimal values by enumeration, what explores, the greedy policy as a model."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def envs(name="WoAiNi", num_envs=32, **changes):
 
 @cache
 def best_values(name):
-    """Q* of every state and token that some response goes through: the most that can still be had, over all responses."""
+    """Q* of each state and token that some response goes through: the most that any of those has still to come."""
     task = make_task(gym.make(f"rlhf_gym/{name}-v0"), 1.0)
     found: dict[tuple[int, int], float] = {}
     for states, tokens, mask, payoffs in zip(task.states, task.tokens, task.mask, task.payoffs, strict=True):
@@ -48,8 +48,9 @@ def answer(agent, *texts, scores):
     zeros = torch.zeros(mask.shape)
     return Rollout(
         Batch(
-            ids=torch.cat([torch.tensor([prompt] * len(texts)), tokens], 1), prompt_lengths=torch.tensor([len(prompt)] * len(texts)),
-            response_ids=tokens, response_mask=mask, logprobs=zeros, values=zeros, rewards=rewards, scores=torch.tensor(scores),
+            ids=torch.cat([torch.tensor([prompt] * len(texts)), tokens], 1),
+            prompt_lengths=torch.tensor([len(prompt)] * len(texts)), response_ids=tokens, response_mask=mask,
+            logprobs=zeros, values=zeros, rewards=rewards, scores=torch.tensor(scores),
             ended_by_eos=torch.ones(len(texts), dtype=torch.bool), kl=zeros,
         )
     )  # fmt: skip

@@ -38,14 +38,16 @@ def every_response(agent, task):
     ids, _, prompt_lengths = join_responses(prompts, task.tokens, task.mask, pad_token_id=base.pad_token_id)
     nothing = torch.zeros(task.mask.shape)
     batch = Batch(
-        ids=ids, prompt_lengths=prompt_lengths, response_ids=task.tokens, response_mask=task.mask, logprobs=nothing, values=nothing,
+        ids=ids, prompt_lengths=prompt_lengths, response_ids=task.tokens, response_mask=task.mask,
+        logprobs=nothing, values=nothing,
         rewards=nothing, scores=nothing[:, 0], ended_by_eos=torch.ones(count, dtype=torch.bool), kl=nothing,
     )  # fmt: skip
     with torch.no_grad():
         logprobs, values, _ = agent.policy(batch)
     paid = base.evaluate_responses(prompts, task.tokens, task.mask, logprobs, [0] * count)
     return replace(
-        batch, logprobs=logprobs, values=values, rewards=paid.rewards, scores=paid.scores, kl=paid.kl, ref_logprobs=paid.ref_logprobs
+        batch, logprobs=logprobs, values=values, rewards=paid.rewards, scores=paid.scores, kl=paid.kl,
+        ref_logprobs=paid.ref_logprobs,
     )  # fmt: skip
 
 
@@ -125,7 +127,8 @@ def test_first_gradient_is_that_of_the_objective():
 def test_learns_from_responses_that_somebody_else_chose(td_lambda):
     """Every response equally often, whatever the policy thinks of it: no importance weights, and still the optimum."""
     agent = SoftQ(
-        envs(), policy="tabular", td_lambda=td_lambda, num_epochs=5, num_minibatches=1, learning_rate=0.2, value_learning_rate=0.1,
+        envs(), policy="tabular", td_lambda=td_lambda, num_epochs=5, num_minibatches=1, learning_rate=0.2,
+        value_learning_rate=0.1,
     )  # fmt: skip
     task, agent.total_timesteps, before = listed("WoAiNi", 4), 60, rlhf_gym.exact.evaluate(agent, agent.envs).regret
     for agent.num_timesteps in range(60):
@@ -135,7 +138,7 @@ def test_learns_from_responses_that_somebody_else_chose(td_lambda):
 
 
 def test_how_the_environment_puts_the_kl_does_not_matter():
-    """k1 or k3 in the reward, or the reference's log-probs alone: the scores come out the same, and so do the targets."""
+    """k1 or k3 in the reward, or the reference's log-probs alone: scores and targets come out the same."""
     found = []
     for changes in ({}, {"kl_estimator": "k3"}, {"kl_term": "reference"}, {"kl_coef": 0.0}):
         agent = SoftQ(envs("Lexicon", **changes), policy="tabular")
@@ -151,10 +154,11 @@ def test_how_the_environment_puts_the_kl_does_not_matter():
 
 
 def test_an_update_goes_to_its_targets_and_stops_there():
-    """From V = 0 and lambda 0, Q becomes the payoff of each token: V is 1 before the last token of the only good response
-    and 0 everywhere else."""
+    """From V = 0 and lambda 0, Q becomes the payoff of each token: V is 1 before the last token of the only good
+    response and 0 everywhere else."""
     agent = SoftQ(
-        envs(), policy="tabular", td_lambda=0.0, num_epochs=200, num_minibatches=1, learning_rate=0.02, value_learning_rate=0.02,
+        envs(), policy="tabular", td_lambda=0.0, num_epochs=200, num_minibatches=1, learning_rate=0.02,
+        value_learning_rate=0.02,
     )  # fmt: skip
     task, agent.total_timesteps = listed("WoAiNi", 4), 1000
     agent.update(Rollout(every_response(agent, task)))

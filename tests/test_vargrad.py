@@ -63,7 +63,7 @@ def test_expected_gradient_is_that_of_the_objective(max_response_tokens, group_s
 
 @pytest.mark.parametrize(("name", "max_response_tokens"), [("WoAiNi", 4), ("Brackets", 6)])
 def test_fixed_point_is_the_optimum_whoever_samples(name, max_response_tokens):
-    """Responses of the reference for ever, and no importance weights: the minimum is pi*(y) ~ pi_ref(y) exp(r / beta)."""
+    """Responses of the reference for ever, no importance weights: the minimum is pi*(y) ~ pi_ref(y) exp(r / beta)."""
     listed = task(name, max_response_tokens)
     policy = torch.zeros_like(listed.reference).requires_grad_()
     _, ref_logprobs = logprobs_of(listed, policy)
