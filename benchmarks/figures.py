@@ -207,7 +207,8 @@ def small_multiples(
         axes.set_title(title, fontsize=9, fontweight="bold", pad=3)
         axes.grid(alpha=0.25)
         if i:
-            axes.sharex(panels[0]), axes.sharey(panels[0])
+            axes.sharex(panels[0])
+            axes.sharey(panels[0])
         axes.tick_params(labelsize=8, labelleft=i % num_columns == 0, labelbottom=i + num_columns >= len(curves))
     panels[0].set_ylim(max(bottom, min(0.0, lowest)) - 0.05, max(1.0, highest) + 0.05)
     if log:

@@ -215,7 +215,8 @@ def _task_order(task: Task) -> tuple[Any, ...]:
 
 def _relative_scale(cells: Sequence[tuple[str, Mapping[str, Any]]]) -> tuple[float, float]:
     """Objective of the reference and the best mean over an agent's runs."""
-    starts, ends = [], {}
+    starts: list[float] = []
+    ends: dict[str, list[float]] = {}
     for label, cell in cells:
         for point in cell.get("curve") or []:
             # Where an agent has not moved yet; one that does not begin at the reference has a KL from the first.

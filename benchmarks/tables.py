@@ -84,7 +84,7 @@ def regrets(suite: Suite, tasks: Sequence[Task]) -> Table | None:
     if not any(math.isfinite(run.metric("regret")) for task in tasks for run in suite.runs_on(task)):
         return None
     rows = [
-        [agent, *(_entry(suite.of(agent, task), lambda run: run.metric("regret"), form=_short) for task in tasks)]
+        [agent, *(_entry(suite.of(agent, task), _metric("regret"), form=_short) for task in tasks)]
         for agent in suite.agents
     ]
     return Table(["agent", *map(str, tasks)], rows)
@@ -99,11 +99,9 @@ def measures(suite: Suite, task: Task) -> Table:
         mine = suite.of(agent, task)
         if mine:
             forms = {"reward_calls": "{:,.0f}".format}
-            entries = [
-                _entry(mine, lambda run, name=name: run.metric(name), form=forms.get(name, "{:.4g}".format))
-                for name in names
-            ]
-            rows.append([agent, *entries])
+            rows.append(
+                [agent, *(_entry(mine, _metric(name), form=forms.get(name, "{:.4g}".format)) for name in names)]
+            )
     return Table(["agent", *(METRICS[name] for name in names)], rows)
 
 
@@ -150,6 +148,10 @@ def as_markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 def _score(run: Run) -> float:
     return run.score
+
+
+def _metric(name: str) -> Callable[[Run], float]:
+    return lambda run: run.metric(name)
 
 
 def _raw_score(run: Run) -> float:

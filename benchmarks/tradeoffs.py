@@ -18,7 +18,7 @@ from rlhf_gym.plots import STYLES
 from .figures import panel_grid
 from .frontier import FRONTIER, REFERENCE, RING, Curves, curves_of, draw_task
 from .known_answers import TASKS
-from .outcomes import AT_REFERENCE, Suite, Task
+from .outcomes import AT_REFERENCE, Run, Suite, Task
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -94,18 +94,20 @@ def _ends(suite: Suite, task: Task, x: Sequence[str], y: Sequence[str], *, name_
     points = []
     for agent in suite.agents:
         runs = suite.of(agent, task)
-        pairs = [
-            tuple(next((v for v in map(run.metric, names) if math.isfinite(v)), math.nan) for names in (x, y))
-            for run in runs
-        ]
-        pairs = [pair for pair in pairs if all(map(math.isfinite, pair))]
-        if not pairs:
+        pairs = np.array([[_first(run, names) for names in (x, y)] for run in runs]).reshape(-1, 2)
+        pairs = pairs[np.isfinite(pairs).all(1)]
+        if len(pairs) == 0:
             continue
         failed = sum(run.failure is not None for run in runs)
         there = not (name_all or failed or suite.relative) and min(run.score for run in runs) >= REACHED
         label = "" if there else agent + (f" ({failed} failed)" if failed else "")
-        points.append(Point(*np.mean(pairs, axis=0).tolist(), label, failed > 0))
+        points.append(Point(float(pairs[:, 0].mean()), float(pairs[:, 1].mean()), label, failed > 0))
     return points
+
+
+def _first(run: Run, names: Sequence[str]) -> float:
+    """The first of these metrics that the run has, NaN where it has none."""
+    return next((value for value in map(run.metric, names) if math.isfinite(value)), math.nan)
 
 
 def _panels(ends: Sequence[Sequence[Point]], legend: float) -> tuple[Figure, list[Axes]]:
