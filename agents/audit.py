@@ -77,7 +77,9 @@ class Recomputed:
 
 
 @torch.no_grad()
-def recompute(batch: Batch, model: Any, reference: Any, token_filter: TokenFilter) -> Recomputed:
+def recompute(
+    batch: Batch, model: Any, reference: Any, token_filter: TokenFilter, *, masks_reference: bool = True
+) -> Recomputed:
     """Teacher-forced passes of policy and reference over a batch, with exact sums over the vocabulary.
 
     Args:
@@ -85,6 +87,7 @@ def recompute(batch: Batch, model: Any, reference: Any, token_filter: TokenFilte
         model: The policy, a causal LM.
         reference: The reference, a causal LM over the same vocabulary.
         token_filter: The environment's temperature and filters.
+        masks_reference: False where the batch's masks are the policy's own.
     """
     result = {field.name: torch.zeros_like(batch.logprobs) for field in fields(Recomputed)}
     device, reference_device = batch.ids.device, next(reference.parameters()).device
@@ -102,7 +105,10 @@ def recompute(batch: Batch, model: Any, reference: Any, token_filter: TokenFilte
             at_reference = (x.to(reference_device) for x in at)
             ref_logits = forward_at(reference, *at_reference, use_cache=False)[0][0].to(device)
         allowed = token_filter.mask(ref_logits, tokens) if part.allowed is None else part.allowed[row, step]
-        logprobs, ref_logprobs = (token_filter.logprobs(x, allowed) for x in (logits, ref_logits))
+        logprobs = token_filter.logprobs(logits, allowed)
+        ref_logprobs = token_filter.logprobs(
+            ref_logits, allowed if masks_reference else token_filter.mask(ref_logits, tokens)
+        )
         kl, kl_variance = mean_and_variance(logprobs, logprobs - ref_logprobs)
         negative_entropy, logprob_variance = mean_and_variance(logprobs, logprobs)
         found = {
@@ -156,13 +162,15 @@ class Audit:
         envs: The environment of the rollouts.
         model: The policy's language model, read at each audit.
         interval: Rollouts from one audit to the next; 0 never looks at any.
+        masks_reference: Whether masks in a batch are the environment's, which hold for the reference too, and not the
+            policy's own.
     """
 
-    def __init__(self, envs: Any, model: Any, interval: int = 10):
+    def __init__(self, envs: Any, model: Any, interval: int = 10, *, masks_reference: bool = True):
         if type(interval) is not int or interval < 0:
             raise ValueError(f"audit_interval must be an integer >= 0 (0: no audits), got {interval!r}")
         base = envs.unwrapped
-        self.envs, self.model, self.interval = envs, model, interval
+        self.envs, self.model, self.interval, self.masks_reference = envs, model, interval, masks_reference
         self.reference = getattr(getattr(base, "language_model", None), "model", None) if interval else None
         self.estimator = getattr(base, "kl_estimator", "k1")
         self._beyond: dict[str, float] = {}  # what the last audit found beyond noise, with its sign
@@ -191,7 +199,8 @@ class Audit:
         self._watch_sign(batch)
         if num_updates % self.interval and not self._beyond:
             return {}
-        found = recompute(batch, self.model, self.reference, token_filter_of(self.envs))
+        token_filter = token_filter_of(self.envs)
+        found = recompute(batch, self.model, self.reference, token_filter, masks_reference=self.masks_reference)
         return self._compare(batch, found, num_responses or len(batch)) | self._certificate(batch, found)
 
     def _watch_sign(self, batch: Batch) -> None:

@@ -166,7 +166,8 @@ class Agent:
                 stacklevel=2,
             )
         callbacks = [callback] if callable(callback) else list(callback or [])
-        audit = Audit(self.envs, self.policy.model, self.audit_interval)
+        masks_reference = self.policy.mask_model is None
+        audit = Audit(self.envs, self.policy.model, self.audit_interval, masks_reference=masks_reference)
         with Progress(self.total_timesteps, self.num_timesteps, show=progress_bar) as progress:
             while self.num_timesteps < self.total_timesteps:
                 progress.start_rollout()
@@ -224,8 +225,11 @@ class Agent:
         ids, lengths = (ids[None], mask[None].sum(1)) if single else (ids, mask.sum(1))
         policy_filter = self.policy.token_filter
         logits = self._cached_engine(self.policy.model, ids).next_logits(ids.long(), lengths.long())
-        reference = self._cached_engine(self._reference().model, ids) if policy_filter.uses_reference else None
-        allowed = policy_filter.mask(logits if reference is None else reference.next_logits(ids.long(), lengths.long()))
+        masking = logits
+        if policy_filter.uses_reference:
+            mask_model = self.policy.mask_model or self._reference().model
+            masking = self._cached_engine(mask_model, ids).next_logits(ids.long(), lengths.long())
+        allowed = policy_filter.mask(masking)
         logprobs = policy_filter.logprobs(logits, allowed)
         if deterministic:
             tokens = logprobs.argmax(-1)
@@ -253,6 +257,11 @@ class Agent:
 
     # ---- saving
 
+    def _other_models(self) -> dict[str, Any]:
+        """Folder -> a model that is saved beside the policy's."""
+        models = {"critic": self.policy.critic, "mask": self.policy.mask_model}
+        return {name: model for name, model in models.items() if model is not None}
+
     def save(self, directory: str | Path) -> None:
         """Write a directory that ``AutoModelForCausalLM.from_pretrained`` loads, with all that ``load`` needs to go on.
 
@@ -260,8 +269,8 @@ class Agent:
         """
         with replaced_directory(directory) as folder, self.optimizer.master_precision(), _no_loading_bars():
             self.policy.model.save_pretrained(folder)
-            if self.policy.critic is not None:
-                self.policy.critic.save_pretrained(folder / "critic")
+            for name, model in self._other_models().items():
+                model.save_pretrained(folder / name)
             if self.tokenizer is not None:
                 self.tokenizer.save_pretrained(folder)
             if self.policy.value_head is not None:
@@ -306,11 +315,10 @@ class Agent:
         with _no_loading_bars():
             interval = state.get("audit_interval", 10)  # older agents have none
             agent = cls(env, policy=str(folder), seed=state["seed"], audit_interval=interval, **state["config"])
-        if agent.policy.critic is not None:
-            critic = load_language_model(
-                str(folder / "critic"), agent.tokenizer, device=agent.policy.device, dtype="float32"
-            ).model
-            agent.policy.critic.load_state_dict(critic.state_dict())
+        for name, model in agent._other_models().items():
+            path = str(folder / name)
+            saved = load_language_model(path, agent.tokenizer, device=agent.policy.device, dtype="float32")
+            model.load_state_dict(saved.model.state_dict())
         if agent.policy.value_head is not None:
             agent.policy.value_head.load_state_dict(load_file(folder / "value_head.safetensors"))
         tensors = load_file(folder / "trainer_state.safetensors")

@@ -33,6 +33,9 @@ class Policy(nn.Module):
         critic: "shared" (the head on the LM's trunk), "separate" (a trunk of its own, a copy) or "none" (no value head;
             values are 0).
         token_filter: Temperature and masks of the process.
+
+    Attributes:
+        mask_model: Whose logits a top-k or top-p looks at. None: the environment's reference.
     """
 
     def __init__(self, model: PreTrainedModel, *, critic: str = "shared", token_filter: TokenFilter | None = None):
@@ -43,6 +46,7 @@ class Policy(nn.Module):
         self.model = model if any(p.requires_grad for p in model.parameters()) else model.requires_grad_(True)
         self.critic = copy.deepcopy(model) if critic == "separate" else None
         self.token_filter = token_filter or TokenFilter()
+        self.mask_model: PreTrainedModel | None = None
         self.value_head = None if critic == "none" else self._make_value_head()
         self.eval()
 

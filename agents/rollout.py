@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
+from typing import Any
 
 import numpy as np
 import torch
@@ -70,7 +71,7 @@ class Collector:
         self.width = space["input_ids"].shape[0]
         self.max_response_tokens = getattr(envs.unwrapped, "max_response_tokens", self.width)
         self._engine: Engine | None = None
-        self._reference_engine: Engine | None = None
+        self._mask_engine: Engine | None = None
 
     def collect(self, progress: Callable[[int], None] | None = None, seed: int | None = None) -> Rollout:
         """``num_envs * num_rounds`` episodes.
@@ -81,7 +82,10 @@ class Collector:
         """
         if self._engine is None:
             self._engine = make_engine(self.policy.model, self.envs.num_envs, self.width)
-        self._engine.invalidate()  # the weights have changed since
+        if self._mask_engine is None and self._mask_model is not None:
+            self._mask_engine = make_engine(self._mask_model, self.envs.num_envs, self.width)
+        for engine in filter(None, (self._engine, self._mask_engine)):
+            engine.invalidate()  # the weights have changed since
         with torch.no_grad():
             # Drawn before anything is generated: episode b's tokens depend on its own numbers and on no other episode.
             num_episodes = self.envs.num_envs * self.num_rounds
@@ -100,6 +104,15 @@ class Collector:
                     values[rows, : part.response_ids.shape[1]] = self.policy(part)[1]
                 rollout.batch = replace(rollout.batch, values=values)
             return rollout
+
+    @property
+    def _mask_model(self) -> Any:
+        """The model whose logits a top-k or top-p looks at; None where nobody asks, or the environment tells masks."""
+        if not self.policy.token_filter.uses_reference:
+            return None
+        if self.policy.mask_model is not None:
+            return self.policy.mask_model
+        return self.envs.language_model.model if self.by_whole_responses else None
 
     def _whole_responses(self, uniforms: Tensor, progress: Callable[[int], None] | None, seed: int | None) -> Rollout:
         envs, policy = self.envs, self.policy
@@ -127,7 +140,9 @@ class Collector:
         return rows - rows % self.group_size
 
     def _by_stepping(self, uniforms: Tensor, progress: Callable[[int], None] | None, seed: int | None) -> Rollout:
-        collect = partial(collect_by_stepping, self.envs, self.policy, self._engine, progress=progress)
+        collect = partial(
+            collect_by_stepping, self.envs, self.policy, self._engine, progress=progress, mask_engine=self._mask_engine
+        )
         if self.group_size == 1 and not self.with_baselines:
             return collect(uniforms, seed=seed)
         info = self.envs.reset(seed=seed)[1]
@@ -154,8 +169,6 @@ class Collector:
         """Sampled responses to these prompts with what they earn; the likeliest ones where ``uniforms`` is None."""
         envs, policy = self.envs, self.policy
         texts = [envs.prompts[i].text for i in index]
-        if policy.token_filter.uses_reference and self._reference_engine is None:
-            self._reference_engine = make_engine(envs.language_model.model, envs.num_envs, self.width)
         responses = generate(
             self._engine,
             prompts,
@@ -163,7 +176,7 @@ class Collector:
             eos_token_ids=envs.eos_token_ids,
             uniforms=uniforms,
             token_filter=policy.token_filter,
-            reference_engine=self._reference_engine,
+            reference_engine=self._mask_engine,
             value_fn=None if policy.value_head is None else policy.value,
             progress=progress,
         )
@@ -187,7 +200,7 @@ class Collector:
             ref_logprobs=None if envs.language_model is None else result.ref_logprobs,
         )
         if policy.token_filter.uses_reference:
-            model, lengths = envs.language_model.model, prompt_lengths + batch.response_mask.sum(1)
+            model, lengths = self._mask_model, prompt_lengths + batch.response_mask.sum(1)
             allowed = []
             for rows in torch.arange(len(ids), device=ids.device).split(ROWS_PER_PASS):
                 logits, _ = response_logits(

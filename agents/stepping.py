@@ -40,6 +40,7 @@ def collect_by_stepping(
     seed: int | None = None,
     prompt_index: np.ndarray | None = None,
     deterministic: bool = False,
+    mask_engine: Engine | None = None,
 ) -> Rollout:
     """The first ``num_rounds`` episodes of every row after a reset, in any autoreset mode.
 
@@ -59,6 +60,7 @@ def collect_by_stepping(
         seed: For the reset that begins the rollout.
         prompt_index: Which prompts to begin with, (N,), for environments whose reset takes such an option.
         deterministic: Choose the likeliest token each time.
+        mask_engine: A cache of the policy's own ``mask_model``, N rows; its mask is taken within the environment's.
     """
     base, device = envs.unwrapped, policy.device
     num_rows, num_rounds = envs.num_envs, len(uniforms) // envs.num_envs
@@ -87,7 +89,13 @@ def collect_by_stepping(
                 for row in last:
                     orders[row] = now[row]
 
-        logits = engine.next_logits(ids, lengths, torch.from_numpy(~resetting).to(device))
+        active = torch.from_numpy(~resetting).to(device)
+        logits = engine.next_logits(ids, lengths, active)
+        if mask_engine is not None:
+            masking = mask_engine.next_logits(ids, lengths, active)
+            if allowed is not None:
+                masking = masking.masked_fill(~allowed, -torch.inf)
+            allowed = policy.token_filter.mask(masking)
         all_logprobs = policy.token_filter.logprobs(logits, allowed)
         draws = torch.full((num_rows,), 0.5, device=device)
         draws[recording] = episodes.next_uniforms(episode)
