@@ -149,10 +149,10 @@ def _suite(name: str, cells: Sequence[dict[str, Any]], timings: Mapping[str, Map
     runs, relative = [], False
     for task in tasks:
         here = [(label, cell) for label, cell in zip(labels, cells, strict=True) if _task(cell) == task]
-        known = any(math.isfinite(_number(cell.get("metrics"), "normalised")) for _, cell in here)
-        zero, one = (0.0, 1.0) if known else _relative_scale(here)
+        known = task.name in TASKS or any("normalised" in (cell.get("metrics") or {}) for _, cell in here)
+        scale = None if known else _relative_scale(here)
         relative |= not known
-        runs += [_run(label, cell, timings.get(as_text(cell)), zero, one) for label, cell in here]
+        runs += [_run(label, cell, timings.get(as_text(cell)), scale) for label, cell in here]
     unrated = sorted({run.agent for run in runs if not math.isfinite(run.score)})
     pooled = {label: [run.score for run in runs if run.agent == label] for label in set(labels) - set(unrated)}
     agents = sorted(pooled, key=lambda label: (-iqm(np.array(pooled[label])), label))
@@ -230,12 +230,15 @@ def _relative_scale(cells: Sequence[tuple[str, Mapping[str, Any]]]) -> tuple[flo
     return zero, float(best) if best > zero else zero + 1.0
 
 
-def _run(label: str, cell: dict[str, Any], timing: Mapping[str, Any] | None, zero: float, one: float) -> Run:
+def _run(
+    label: str, cell: dict[str, Any], timing: Mapping[str, Any] | None, scale: tuple[float, float] | None
+) -> Run:  # fmt: skip
     metrics = cell.get("metrics") or {}
 
     def score(record: Mapping[str, Any]) -> float:
-        value = _number(record, "normalised")
-        return value if math.isfinite(value) else (_objective(record, cell["kl_coef"]) - zero) / (one - zero)
+        if scale is None:
+            return _number(record, "normalised")
+        return (_objective(record, cell["kl_coef"]) - scale[0]) / (scale[1] - scale[0])
 
     points = [(point.get("tokens"), score(point)) for point in cell.get("curve") or []]
     seconds = (timing or {}).get("curve_seconds")
