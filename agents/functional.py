@@ -589,3 +589,39 @@ def kl_in_loss(
     if level == "sequence":
         logprobs, ref_logprobs = logprobs.sum(dim=1), ref_logprobs.sum(dim=1)
     return estimate_kl(logprobs, ref_logprobs, estimator)
+
+
+def dpo_loss(log_ratios: Tensor, preferences: Tensor, *, kl_coef: float) -> Tensor:
+    """The loss of pairs of responses to one prompt, one of which is preferred with a known probability (DPO).
+
+    loss = -P log sigmoid(m) - (1 - P) log sigmoid(-m), m = kl_coef * (log ratio of the first - that of the second)
+
+    It is smallest where sigmoid(m) = P, and for P = 0 or 1 at an infinite margin only. If P is sigmoid(r_1 - r_2) in all
+    pairs, the policy whose margins are m = r_1 - r_2 is the optimal one for kl_coef.
+
+    Args:
+        log_ratios: log pi - log pi_ref of each whole response (the sum over its tokens), with gradient. Shape (P, 2),
+            float32: the two of each pair.
+        preferences: Probability that the first is preferred, in [0, 1]. Shape (P,), float32.
+        kl_coef: Price of a nat, > 0.
+
+    Returns:
+        The loss of each pair. Shape (P,).
+
+    Raises:
+        ValueError: If the shapes do not fit.
+
+    Source:
+        Rafailov et al. 2023, eq. 7, with the label's expectation in its place.
+
+    Example:
+        >>> dpo_loss(torch.tensor([[2., 0.], [2., 0.]]), torch.tensor([1., 0.5]), kl_coef=0.5)
+        tensor([0.3133, 0.8133])
+    """
+    if log_ratios.shape != (*preferences.shape, 2) or preferences.ndim != 1:
+        raise ValueError(
+            f"log_ratios must have shape (P, 2) and preferences (P,), got {tuple(log_ratios.shape)} and "
+            f"{tuple(preferences.shape)}."
+        )
+    margins = kl_coef * (log_ratios[:, 0] - log_ratios[:, 1])
+    return torch.nn.functional.binary_cross_entropy_with_logits(margins, preferences, reduction="none")
