@@ -9,6 +9,7 @@ from typing import Any
 # import.
 AGENTS = {
     "ppo": "rlhf_gym.agents.ppo:PPO",
+    "nlpo": "rlhf_gym.agents.nlpo:NLPO",
     "grpo": "rlhf_gym.agents.grpo:GRPO",
     "trpo": "rlhf_gym.agents.trpo:TRPO",
     "vargrad": "rlhf_gym.agents.vargrad:VarGrad",
@@ -22,6 +23,7 @@ _LAZY = {path.partition(":")[2]: path for path in AGENTS.values()} | {
     "AnnounceLogprobs": "rlhf_gym.agents.sb3:AnnounceLogprobs",
     "GymVectorToSB3": "rlhf_gym.agents.sb3:GymVectorToSB3",
     "GRPOConfig": "rlhf_gym.agents.grpo:GRPOConfig",
+    "NLPOConfig": "rlhf_gym.agents.nlpo:NLPOConfig",
     "PPOConfig": "rlhf_gym.agents.ppo:PPOConfig",
     "QLearningConfig": "rlhf_gym.agents.q_learning:QLearningConfig",
     "SB3Agent": "rlhf_gym.agents.sb3:SB3Agent",
