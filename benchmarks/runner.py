@@ -14,6 +14,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import json
+import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -244,9 +245,12 @@ def _locked(out: Path) -> Iterator[None]:
     except ImportError:  # Windows
         yield
         return
-    with (out / ".lock").open("w") as file:
+    folder = os.open(out, os.O_RDONLY)
+    try:
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
+            fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
             raise ValueError(f"another benchmark is at work in {out}; wait for it, or choose another --out") from None
         yield
+    finally:
+        os.close(folder)

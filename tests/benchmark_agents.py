@@ -66,6 +66,15 @@ class OnlyPredicts:
         return self.tokens[(observation["attention_mask"].sum(1) - self.num_prompt_tokens) % len(self.tokens)], None
 
 
+class SeesPrompts(Idle):
+    """Leaves the seeding to others."""
+
+    seen: list = []
+
+    def learn(self, total_timesteps, callback=None):
+        self.seen.append(self.envs.reset()[1]["prompt_index"].tolist())
+
+
 class NoAgent:
     """Has no predict."""
 
