@@ -2,8 +2,8 @@
 
 ``results.jsonl`` has a line for each finished cell, ``timings.jsonl`` what it took, under the same key.
 
-The score of a run is, on tasks whose optimum is known, the normalised score (0 the reference, 1 optimal). On others it
-is the objective E[score] - beta KL on the same kind of scale: 0 the reference, 1 the best mean of an agent on this task.
+The score of a run is, on tasks whose optimum is known, the normalised score (0 the reference, 1 optimal). On others
+it is the objective E[score] - beta KL on the same kind of scale: 0 the reference, 1 the best mean of an agent there.
 
 A run that failed is a result. It leaves one with the reference, so it scores 0, or what it was last seen to score if
 that is less: to crash is never better than to be bad, and what was good on the way is lost with the policy.

@@ -10,20 +10,20 @@ from rlhf_gym.atomic import write_text
 from rlhf_gym.report import Section, html_report
 
 from .figures import efficiency, improvement_map, iqm_intervals, profiles
-from .outcomes import RESULTS, Suite, read_suites
+from .outcomes import RESULTS, Suite, Task, read_suites
 from .statistics import bootstrap
 from .tables import Table, as_markdown, by_task, failures, in_brackets, measures, overview, regrets, settings_of
 from .tradeoffs import gold_against_proxy, reward_against_kl
 
 RULES = (
-    "Every run counts. A failed run leaves one with the reference, so it scores 0, or what it was last seen to score if "
-    "that is less. The IQM is the mean of the middle half of an agent's runs on all tasks; its interval comes from runs "
-    "drawn again within each task (stratified bootstrap, Agarwal et al. 2021)."
+    "Every run counts. A failed run leaves one with the reference, so it scores 0, or what it was last seen to score "
+    "if that is less. The IQM is the mean of the middle half of an agent's runs on all tasks; its interval comes from "
+    "runs drawn again within each task (stratified bootstrap, Agarwal et al. 2021)."
 )
 KNOWN = "Scores are normalised: 0 is the reference, 1 the exact optimum."
 RELATIVE = (
-    "No optimum is known, so the score of a run is its objective (mean score less β times its KL) on a scale where 0 is "
-    "the reference and 1 the best agent's mean on that task in this table: it changes when a better agent joins."
+    "No optimum is known, so the score of a run is its objective (mean score less β times its KL) on a scale where 0 "
+    "is the reference and 1 the best agent's mean on that task in this table: it changes when a better agent joins."
 )
 FEW = 5  # seeds; resampling fewer finds too little of their spread
 
@@ -88,82 +88,71 @@ def sections_of(suite: Suite) -> Iterator[tuple[str, Section]]:
             known += f" There are fewer than {FEW} seeds: such intervals are too narrow."
         learning = {by: efficiency(suite, by) for by in ("tokens", "seconds")}
         rows = overview(suite, {by: found[1] for by, found in learning.items() if found})
-        yield "iqm", Section(
-            "All tasks together", known, iqm_intervals(suite),
-            "Interquartile mean of all runs of an agent: dot; its 95 % interval: line. An arrow is a value beyond the axis.",
-            rows.header, rows.rows, numbers=True,
-        )  # fmt: skip
-        small = (
-            "Blue: the agent named above the panel, with its 95 % interval. Grey: the others. What is far below the "
-            "reference is not shown. "
+        caption = (
+            "Interquartile mean of an agent's runs: dot; its 95 % interval: line. An arrow is a value off the axis."
         )
+        yield "iqm", Section("All tasks together", known, iqm_intervals(suite), caption, *rows, numbers=True)
+        small = "Blue: the agent named above the panel, with its 95 % interval. Grey: the others. "
+        ended = "A run that has ended keeps its final score, and a failed one what it counts"
         captions = {
-            "tokens": "What an agent scores by the training tokens it has generated. A run that has ended keeps its final score, "
-            "and a failed one what it counts; budgets differ between tasks.",
-            "seconds": "What an agent scores by the time that it has learnt, without that of measuring it. Seconds depend "
-            "on the machine, and on how many runs shared it. A run that has ended keeps its final score.",
+            "tokens": f"{small}Score by the training tokens generated. {ended}; budgets differ between tasks. What is far "
+            "below the reference is not shown.",
+            "seconds": f"{small}Score by the time of learning, without that of measuring. {ended}. Seconds depend on the "
+            "machine, and on how many runs shared it.",
         }
         for by, title in (("tokens", "Sample efficiency"), ("seconds", "Time efficiency")):
             if learning[by]:
-                yield by, Section(title, "", learning[by][0], small + captions[by])
-        yield "profiles", Section(
-            "Performance profiles", "", profiles(suite),
-            small + "The share of an agent's runs that score more than the value on the x axis; the further up and to the right the "
-            "curve goes, the better.",
-        )  # fmt: skip
+                yield by, Section(title, "", learning[by][0], captions[by])
+        caption = f"{small}The share of an agent's runs that score more than the value on the x axis: higher is better."
+        yield "profiles", Section("Performance profiles", "", profiles(suite), caption)
         if len(suite.agents) > 1:
-            yield "improvement", Section(
-                "Pair by pair", "", improvement_map(suite),
+            caption = (
                 "Probability that a run of one agent scores more than a run of another on the same task, the mean over "
-                "tasks; ties are half. Bold: the 95 % interval leaves out 50 %. It says how often, not by how much.",
-            )  # fmt: skip
+                "tasks; ties are half. Bold: the 95 % interval leaves out 50 %. It says how often, not by how much."
+            )
+            yield "improvement", Section("Pair by pair", "", improvement_map(suite), caption)
         yield from _tradeoffs(suite)
     yield from _tables(suite)
 
 
 def _tradeoffs(suite: Suite) -> Iterator[tuple[str, Section]]:
     groups = suite.groups()
+    caption = "Mean score against KL to the reference; a point is the mean of an agent's runs."
+    if not suite.relative:
+        caption += (
+            " Nothing can be above the frontier. An agent without a name has reached a normalised score of .99 in every "
+            "run; one at the right edge is further out, with its KL beside its name."
+        )
     for i, tasks in enumerate(groups):
-        title = "Reward against KL" + (f" ({i + 1} of {len(groups)})" if len(groups) > 1 else "")
-        yield "kl" + (f"-{i + 1}" if len(groups) > 1 else ""), Section(
-            title, "", reward_against_kl(suite, tasks),
-            "Mean score against KL to the reference; a point is the mean of an agent's runs. Where the optimum is known, "
-            "nothing can be above the frontier, and agents without a name have reached a normalised score of .99 in every "
-            "run. A point at the right edge is further out, with its KL beside its name.",
-        )  # fmt: skip
+        name = f"kl-{i + 1}" if len(groups) > 1 else "kl"
+        yield name, Section(f"Reward against KL{_part(i, groups)}", "", reward_against_kl(suite, tasks), caption)
     picture = gold_against_proxy(suite)
     if picture is not None:
-        yield "gold", Section(
-            "Gold against proxy", "", picture,
-            "The score that was meant against the score that was paid for; a point is the mean of an agent's runs. To the "
-            "right and down: the proxy rises and the gold falls.",
-        )  # fmt: skip
+        caption = (
+            "The score that was meant against the score that was paid for; a point is the mean of an agent's runs. To "
+            "the right and down: the proxy rises and the gold falls."
+        )
+        yield "gold", Section("Gold against proxy", "", picture, caption)
 
 
 def _tables(suite: Suite) -> Iterator[tuple[str, Section]]:
     groups = suite.groups()
+    means = "Means over seeds ± half of Student's 95 % interval"
     for i, tasks in enumerate(groups):
-        part = f" ({i + 1} of {len(groups)})" if len(groups) > 1 else ""
-        yield (
-            "",
-            _section(
-                f"Task by task{part}",
-                "Scores: mean over seeds ± half of Student's 95 % interval.",
-                by_task(suite, tasks),
-            ),
-        )
+        part = _part(i, groups)
+        yield "", _section(f"Task by task{part}", f"Scores. {means}.", by_task(suite, tasks))
         found = regrets(suite, tasks)
         if found:
-            text = "J* - J, mean over seeds ± half of Student's 95 % interval; failed runs as far as they could be measured."
+            text = f"J* - J. {means}; failed runs as far as they could be measured."
             yield "", _section(f"Regret to the optimum{part}", text, found)
     if suite.relative:
-        text = "As measured: mean over seeds ± half of Student's 95 % interval; failed runs as far as they could be."
         for task in suite.tasks:
+            text = f"As measured. {means}; failed runs as far as they could be."
             yield "", _section(str(task), text, measures(suite, task))
     if suite.unrated:
         text = (
-            f"{', '.join(suite.unrated)}: no policy to read, only actions, so the KL is unknown and with it the objective. "
-            "Their mean score without any penalty stands in the tables by task as `raw`."
+            f"{', '.join(suite.unrated)}: no policy to read, only actions, so the KL is unknown and with it the "
+            "objective. The mean score without any penalty stands in the tables by task as `raw`."
         )
         yield "", Section("Not rated", text)
     if any(run.failure is not None for run in suite.runs):
@@ -188,6 +177,10 @@ def measured_with(suites: Sequence[Suite]) -> str:
         f"Measured with {'; '.join([*parts, ', '.join(versions)])}. Made by `rlhf-gym plot` from `{RESULTS}`; "
         "`rlhf-gym benchmark --out DIR --rerun LINE` runs the cell of a line of it again and compares."
     )
+
+
+def _part(i: int, groups: Sequence[Sequence[Task]]) -> str:
+    return f" ({i + 1} of {len(groups)})" if len(groups) > 1 else ""
 
 
 def _count(number: int, name: str) -> str:

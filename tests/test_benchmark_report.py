@@ -73,7 +73,8 @@ def test_a_failed_run_counts_and_never_gains(tmp_path):
     rising, falling = curve_of([0, 10, 20], [0, 0.3, 0.7]), curve_of([0, 10, 20], [0, -0.1, -0.4])
     nowhere = {"tokens": 30, "normalised": math.nan}
     suite = suite_of(tmp_path, [
-        cell(seed=0, normalised=0.9), failed(seed=1, curve=[*rising, nowhere]), failed(seed=2, curve=[*falling, nowhere]),
+        cell(seed=0, normalised=0.9),
+        failed(seed=1, curve=[*rising, nowhere]), failed(seed=2, curve=[*falling, nowhere]),
         failed(seed=3, curve=rising, metrics={"normalised": -3.0, "kl": 99.0}, failure="kl"),
         failed(seed=4, failure="exception: ValueError: x"), failed(seed=5, curve=rising, metrics={"normalised": 0.8}),
         cell(seed=6, normalised=math.nan),
