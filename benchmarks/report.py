@@ -95,10 +95,10 @@ def sections_of(suite: Suite) -> Iterator[tuple[str, Section]]:
         small = "Blue: the agent named above the panel, with its 95 % interval. Grey: the others. "
         ended = "A run that has ended keeps its final score, and a failed one what it counts"
         captions = {
-            "tokens": f"{small}Score by the training tokens generated. {ended}; budgets differ between tasks. What is far "
-            "below the reference is not shown.",
-            "seconds": f"{small}Score by the time of learning, without that of measuring. {ended}. Seconds depend on the "
-            "machine, and on how many runs shared it.",
+            "tokens": f"{small}Score by the training tokens generated. {ended}; budgets differ between tasks. What is "
+            "far below the reference is not shown.",
+            "seconds": f"{small}Score by the time of learning, without that of measuring. {ended}. Seconds depend on "
+            "the machine, and on how many runs shared it.",
         }
         for by, title in (("tokens", "Sample efficiency"), ("seconds", "Time efficiency")):
             if learning[by]:
@@ -120,8 +120,8 @@ def _tradeoffs(suite: Suite) -> Iterator[tuple[str, Section]]:
     caption = "Mean score against KL to the reference; a point is the mean of an agent's runs."
     if not suite.relative:
         caption += (
-            " Nothing can be above the frontier. An agent without a name has reached a normalised score of .99 in every "
-            "run; one at the right edge is further out, with its KL beside its name."
+            " Nothing can be above the frontier. An agent without a name has reached a normalised score of .99 in "
+            "every run; one at the right edge is further out, with its KL beside its name."
         )
     for i, tasks in enumerate(groups):
         name = f"kl-{i + 1}" if len(groups) > 1 else "kl"
