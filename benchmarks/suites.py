@@ -134,8 +134,8 @@ def measure(
     """How good what an agent has learnt is, without any effect on the agent or its environment.
 
     Args:
-        learner: Its ``policy_model`` is measured, a causal language model. Where there is none, ``predict`` is called,
-            which tells the score but not the KL.
+        learner: Its ``policy_model`` is measured, a causal language model; with ``num_candidates`` N the best of N of
+            its responses. Where there is no model, ``predict`` is called, which tells the score but not the KL.
         envs: The environment that it trains in.
         suite, task: What `envs` was made from.
         kl_coef: That of the task.
@@ -157,10 +157,12 @@ def measure(
         return found | {"exact": False, "standard_error": error}
     if suite.is_exact:
         effort = {"max_prefixes": 10_000, "num_samples": 512} if quick else {}
-        exact = rlhf_gym.exact.evaluate(model, envs, kl_coef, seed=seed, **effort)
+        exact = rlhf_gym.exact.evaluate(learner, envs, kl_coef, seed=seed, **effort)
         return exact_metrics(exact) | exact.metrics
     others = {} if chosen.gold is None else {"gold": chosen.gold}
-    drawn = evaluate(model, envs, prompts=chosen.held_out, num_episodes=64 if quick else 512, seed=seed, others=others)
+    drawn = evaluate(
+        learner, envs, prompts=chosen.held_out, num_episodes=64 if quick else 512, seed=seed, others=others
+    )
     score, kl = drawn.score, drawn.estimate(drawn.kl).mean
     means = {name: drawn.estimate(values).mean for name, values in drawn.others.items() if name in others}
     return {

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import difflib
 import functools
 import math
@@ -34,7 +35,8 @@ class Evaluation:
     terms: dict[str, np.ndarray]
     """The reward's ledger; NaN where a term did not apply."""
     kl: np.ndarray | None
-    """log pi - log pi_ref of each response in nats, summed over its tokens; None without a reference."""
+    """log pi - log pi_ref of each response in nats, summed over its tokens; None without a reference. For best-of-N that
+    of the model, plus log N - (N - 1) / N: the mean is then an upper bound of the KL."""
     lengths: np.ndarray
     """Tokens of each response, EOS included."""
     ended_by_eos: np.ndarray
@@ -143,7 +145,8 @@ def evaluate(
     """Sample responses and score them, in the environment's own terms (temperature, masks, limits, reward).
 
     Args:
-        policy: A ``PreTrainedModel``, anything with ``policy_model`` (an agent), or None for the reference itself.
+        policy: A ``PreTrainedModel``, anything with ``policy_model`` (an agent), or None for the reference itself. An
+            agent with ``num_candidates`` N > 1 keeps the best of N responses of its model, by the environment's score.
         envs: One of our environments, scalar or vector; nothing in it changes.
         num_episodes: Responses to sample, >= 1; they go round the prompts. None: one for each prompt.
         prompts: Held-out prompts, from any source that the environment takes; None: the environment's own.
@@ -173,12 +176,15 @@ def evaluate(
     judge = None if perplexity_model is None else perplexity(perplexity_model)
     index = np.arange(num_episodes) % len(process.prompts)
     chosen = [process.prompts[i] for i in index]
-    num_rows = min(num_rows, num_episodes)
-    uniforms = np.random.default_rng(seed).random((num_episodes, process.max_response_tokens), dtype=np.float32)
+    num_candidates = getattr(policy, "num_candidates", 1)
+    candidates = np.repeat(index, num_candidates)
+    asked = [process.prompts[i].ids for i in candidates]
+    num_rows = min(num_rows, len(asked))
+    uniforms = np.random.default_rng(seed).random((len(asked), process.max_response_tokens), dtype=np.float32)
     needs_reference = process.token_filter.uses_reference
     responses = generate(
         make_engine(model, num_rows, process.max_tokens),
-        [prompt.ids for prompt in chosen],
+        asked,
         max_response_tokens=process.max_response_tokens,
         eos_token_ids=process.eos_token_ids,
         uniforms=None if greedy else torch.from_numpy(uniforms),
@@ -186,23 +192,25 @@ def evaluate(
         reference_engine=make_engine(process.language_model, num_rows, process.max_tokens) if needs_reference else None,
         progress=progress,
     )
-    mask = responses.response_mask
     memory = process.scorer.memory()
     try:
         rewards = evaluate_responses(
             process,
-            [prompt.ids for prompt in chosen],
+            asked,
             responses.response_ids,
-            mask,
+            responses.response_mask,
             responses.logprobs,
-            prompt_index=index,
+            prompt_index=candidates,
         )
     finally:
         process.scorer.restore_memory(memory)
-    kl = None
+    if num_candidates > 1:
+        best = rewards.scores.reshape(-1, num_candidates).argmax(1).cpu() + torch.arange(0, len(asked), num_candidates)
+        responses, rewards = _rows(responses, best), _rows(rewards, best)
+    mask, kl = responses.response_mask, None
     if process.language_model is not None:
         difference = torch.where(mask, responses.logprobs - rewards.ref_logprobs.to(responses.logprobs), 0.0)
-        kl = difference.double().sum(1).cpu().numpy()
+        kl = difference.double().sum(1).cpu().numpy() + math.log(num_candidates) - (1 - 1 / num_candidates)
     lengths = mask.sum(1).cpu().numpy()
     ended_by_eos = responses.ended_by_eos.cpu().numpy()
     token_lists = [row[:length] for row, length in zip(responses.response_ids.tolist(), lengths.tolist(), strict=True)]
@@ -239,6 +247,19 @@ def evaluate(
         references=None if references is None else [references[i] for i in index],
         fluency=fluency,
     )
+
+
+def _rows(found: Any, rows: torch.Tensor) -> Any:
+    """These rows of a dataclass whose fields have one entry per response, or are dicts of such."""
+
+    def of(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {name: of(entry) for name, entry in value.items()}
+        if isinstance(value, list):
+            return [value[row] for row in rows.tolist()]
+        return None if value is None else value[rows.to(value.device)]
+
+    return dataclasses.replace(found, **{name: of(value) for name, value in vars(found).items()})
 
 
 def _continuations(process: Any, prompts: Sequence[Prompt], responses: Sequence[list[int]]) -> list[str]:

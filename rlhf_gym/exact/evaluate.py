@@ -7,7 +7,7 @@ there are too many to walk through, samples of it with the exact sum over the vo
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -18,6 +18,7 @@ from rlhf_gym.lm import generate, join_responses, make_engine, response_logits
 from rlhf_gym.lm.engine import inference
 
 from .graph import SCORE, Graph, filtered_logprobs, is_product, resolve_metrics
+from .samples import best_of_n_of, best_of_n_probs, score_classes
 from .solve import Solution, process_of, solve_graph, task_graph
 from .table import TableForCausalLM
 from .tree import MAX_PREFIXES, join, next_logits
@@ -35,7 +36,8 @@ class Evaluation:
         normalised: (J - J_ref) / (J* - J_ref): 1 is optimal, 0 the reference, below 0 worse than not training.
         metrics: Means of the environment's metrics, where they can be computed.
         state_kl: KL(pi || pi*) in each node of the solution's graph that the policy visits, NaN in others; a list of
-            (S,) float64 per layer. Where several histories lead to a node, their mean.
+            (S,) float64 per layer. Where several histories lead to a node, their mean. Empty for best-of-N, which
+            chooses whole responses.
         occupancy: Probability of visiting each node, the mean over prompts. Like `state_kl`.
         exact: Whether no sampling was involved.
         standard_error: Of `regret`, 0 when exact.
@@ -81,7 +83,9 @@ def evaluate(
     the vocabulary. The environment's temperature and filters apply.
 
     Args:
-        policy: A causal language model, an agent (its ``policy_model`` is taken), or None for the reference.
+        policy: A causal language model, an agent (its ``policy_model`` is taken), or None for the reference. An agent
+            with ``num_candidates`` N > 1 samples so many responses of its model and keeps the best: then the model must
+            be the reference, and the numbers are exact on any task.
         envs: As in `rlhf_gym.exact.solve`.
         kl_coef: beta, > 0; None is the environment's own.
         max_prefixes: The most prefixes to run the policy on.
@@ -89,7 +93,8 @@ def evaluate(
         seed: Of that sampling.
 
     Raises:
-        ValueError: As `solve`; or if the policy can choose a token that the reference cannot: its KL is infinite.
+        ValueError: As `solve`; if the policy can choose a token that the reference cannot: its KL is infinite; or if
+            best-of-N is not that of the reference.
     """
     process = process_of(envs)
     kl_coef = process.kl_coef if kl_coef is None else kl_coef
@@ -104,7 +109,8 @@ def evaluate(
         _by_prefixes(walk, model)
     else:
         exact, groups = False, _by_samples(walk, model, num_samples, seed)
-    return _result(walk, exact, groups)
+    found, num_candidates = _result(walk, exact, groups), getattr(policy, "num_candidates", 1)
+    return found if num_candidates == 1 else _best_of(found, graph, num_candidates)
 
 
 def _graph_with_metrics(process: Any, max_prefixes: int) -> Graph:
@@ -276,4 +282,30 @@ def _result(walk: _Walk, exact: bool, num_groups: int) -> Evaluation:
         exact=exact,
         standard_error=standard_error,
         solution=solution,
+    )
+
+
+def _best_of(reference: Evaluation, graph: Graph, num_candidates: int) -> Evaluation:
+    """The numbers of best-of-N from those of the policy that it samples from."""
+    if reference.kls.max() > 1e-6:
+        raise ValueError(
+            "best-of-N is known exactly where it samples from the reference, and this agent's policy_model is "
+            f"{reference.kls.max():.2g} nats from it; evaluate it by samples (rlhf_gym.evaluation.evaluate)"
+        )
+    found, metrics = [], []
+    for root in graph.roots.tolist():
+        scores, probs, means = score_classes(graph, root, list(reference.metrics))
+        found.append(best_of_n_of(scores, probs, num_candidates))
+        metrics.append([best_of_n_probs(probs, num_candidates) @ means[name] for name in reference.metrics])
+    rewards, kls = np.array(found).T
+    return replace(
+        reference,
+        objectives=rewards - reference.solution.kl_coef * kls,
+        rewards=rewards,
+        kls=kls,
+        metrics=dict(zip(reference.metrics, np.mean(metrics, axis=0).tolist(), strict=True)),
+        state_kl=[],
+        occupancy=[],
+        exact=True,
+        standard_error=0.0,
     )

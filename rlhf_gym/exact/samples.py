@@ -70,15 +70,20 @@ def best_of_n_of(scores: np.ndarray, probs: np.ndarray, n: int) -> tuple[float, 
         probs: Their probabilities, > 0. Shape (k,), float64.
         n: Number of samples.
     """
-    # 1 - F from the top, since F^n - F'^n of two numbers next to 1 would lose all digits.
-    above = np.append(np.cumsum(probs[::-1])[::-1], 0.0)  # P(score >= l), and 0
-    powers = np.expm1(n * np.log1p(-np.minimum(above, 1.0), where=above < 1, out=np.full(len(above), -np.inf)))
-    best = np.diff(powers)  # F_l^n - F_{l-1}^n
+    best = best_of_n_probs(probs, n)
     real = best > 0
     log_ratio = np.log(probs[real] / best[real])
     # k3 of each score: as both sum to 1 it comes to the KL, and no term is negative, whatever was rounded.
     kl = (best[real] * (np.expm1(log_ratio) - log_ratio)).sum() + probs[~real].sum()
     return float((best * scores).sum()), float(kl)
+
+
+def best_of_n_probs(probs: np.ndarray, n: int) -> np.ndarray:
+    """Probability of each score in best-of-n, F_l^n - F_{l-1}^n; arguments as in `best_of_n_of`. Shape (k,), float64."""
+    # 1 - F from the top, since F^n - F'^n of two numbers next to 1 would lose all digits.
+    above = np.append(np.cumsum(probs[::-1])[::-1], 0.0)  # P(score >= l), and 0
+    powers = np.expm1(n * np.log1p(-np.minimum(above, 1.0), where=above < 1, out=np.full(len(above), -np.inf)))
+    return np.diff(powers)
 
 
 def score_distribution(graph: Graph, root: int) -> tuple[np.ndarray, np.ndarray]:
@@ -90,17 +95,32 @@ def score_distribution(graph: Graph, root: int) -> tuple[np.ndarray, np.ndarray]
     Raises:
         ValueError: If there are too many different sums of token rewards.
     """
+    return score_classes(graph, root, ())[:2]
+
+
+def score_classes(
+    graph: Graph, root: int, names: Sequence[str]
+) -> tuple[np.ndarray, np.ndarray, dict[str, np.ndarray]]:
+    """`score_distribution`, and the mean of other payoffs of the graph (metrics) among the responses of each score."""
     node: np.ndarray = np.array([root])
     so_far: np.ndarray = np.zeros(1)
     prob: np.ndarray = np.ones(1)
+    others = {name: np.zeros(1) for name in names}  # sums so far, times the probability
     scores, probs = [], []
+    ended: dict[str, list[np.ndarray]] = {name: [] for name in names}
     for layer in graph.layers:
-        token_probs = prob[:, None] * np.exp(layer.ref_logprobs[node])
+        factors = np.exp(layer.ref_logprobs[node])
+        token_probs = prob[:, None] * factors
+        others = {
+            name: value[:, None] * factors + token_probs * layer.payoffs[name][node] for name, value in others.items()
+        }
         sums = np.round(so_far[:, None] + layer.payoffs[SCORE][node], 9)
         child = layer.children[node]
         ends, goes = (child < 0) & (token_probs > 0), (child >= 0) & (token_probs > 0)
         scores.append(sums[ends])
         probs.append(token_probs[ends])
+        for name, values in others.items():
+            ended[name].append(values[ends])
         if goes.sum() > _MAX_CLASSES:
             raise ValueError(
                 f"the score takes too many values on the way ({goes.sum():,} pairs of state and sum); round the "
@@ -110,8 +130,11 @@ def score_distribution(graph: Graph, root: int) -> tuple[np.ndarray, np.ndarray]
         keys, index = np.unique(child[goes].astype(np.int64) * max(1, len(sums)) + sum_index, return_inverse=True)
         node, so_far = keys // max(1, len(sums)), sums[keys % max(1, len(sums))] if len(sums) else sums
         prob = np.bincount(index, token_probs[goes], minlength=len(keys))
+        others = {name: np.bincount(index, values[goes], minlength=len(keys)) for name, values in others.items()}
     distinct, index = np.unique(np.concatenate(scores), return_inverse=True)
-    return distinct, np.bincount(index, np.concatenate(probs), minlength=len(distinct))
+    total = np.bincount(index, np.concatenate(probs), minlength=len(distinct))
+    means = {name: np.bincount(index, np.concatenate(parts)) / total for name, parts in ended.items()}
+    return distinct, total, means
 
 
 @dataclass(frozen=True)
