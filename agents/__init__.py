@@ -20,6 +20,10 @@ AGENTS = {
     "online-dpo": "rlhf_gym.agents.online_dpo:OnlineDPO",
     "sb3-ppo": "rlhf_gym.agents.sb3:SB3PPO",
     "a2c": "rlhf_gym.agents.sb3:A2C",
+    "dqn": "rlhf_gym.agents.sb3:DQN",
+    "qrdqn": "rlhf_gym.agents.sb3:QRDQN",
+    "maskable-ppo": "rlhf_gym.agents.sb3:MaskablePPO",
+    "recurrent-ppo": "rlhf_gym.agents.sb3:RecurrentPPO",
 }
 _LAZY = {path.partition(":")[2]: path for path in AGENTS.values()} | {
     "Agent": "rlhf_gym.agents.base:Agent",

@@ -5,18 +5,34 @@ from __future__ import annotations
 from .agent import SB3Agent
 from .algorithms import A2C, SB3PPO, A2CConfig, OnPolicyConfig, SB3PPOConfig
 from .announce import AnnounceLogprobs
+from .masked import LMMaskablePolicy, MaskablePPO
+from .mlp import MlpAgent
 from .policy import LMActorCriticPolicy, policy_kwargs
+from .q_policy import LMQPolicy
+from .recurrent import LMRecurrentPolicy, RecurrentPPO
+from .value import DQN, QRDQN, DQNConfig, QRDQNConfig, ValueAgent
 from .vec_env import GymVectorToSB3
 
 __all__ = [
     "A2C",
     "A2CConfig",
     "AnnounceLogprobs",
+    "DQN",
+    "DQNConfig",
     "GymVectorToSB3",
     "LMActorCriticPolicy",
+    "LMMaskablePolicy",
+    "LMQPolicy",
+    "LMRecurrentPolicy",
+    "MaskablePPO",
+    "MlpAgent",
     "OnPolicyConfig",
+    "QRDQN",
+    "QRDQNConfig",
+    "RecurrentPPO",
     "SB3Agent",
     "SB3PPO",
     "SB3PPOConfig",
+    "ValueAgent",
     "policy_kwargs",
 ]

@@ -76,7 +76,7 @@ class SB3Agent:
         >>> SB3Agent(envs, algorithm=stable_baselines3.PPO, n_epochs=4).learn(100_000)       # doctest: +SKIP
     """
 
-    algorithm_class: ClassVar[type[BaseAlgorithm] | None] = None
+    algorithm_class: type[BaseAlgorithm] | None = None
     config_class: ClassVar[type | None] = None
     policy_class: ClassVar[Any] = LMActorCriticPolicy
 
@@ -101,8 +101,7 @@ class SB3Agent:
         audit_interval: int = 10,
         **config: Any,
     ) -> None:
-        algorithm = algorithm or self.algorithm_class
-        self.check_algorithm(algorithm)
+        algorithm = self.algorithm_class = self.fit_algorithm(algorithm or self.algorithm_class)
         self.config: Any = config if self.config_class is None else make_config(self.config_class, config)
         self.envs, self.seed, self.audit_interval = envs, seed, audit_interval
         base = envs.unwrapped
@@ -132,20 +131,21 @@ class SB3Agent:
 
     # ---- what other families of algorithms do differently
 
-    def check_algorithm(self, algorithm: Any) -> None:
-        """Raises TypeError for an algorithm that is not for this class."""
+    def fit_algorithm(self, algorithm: Any) -> type[BaseAlgorithm]:
+        """The algorithm as this class uses it; TypeError for one that it cannot use."""
         if not (isinstance(algorithm, type) and issubclass(algorithm, OnPolicyAlgorithm)):
             raise TypeError(
                 f"algorithm must be an on-policy class of Stable-Baselines3 such as PPO, got {algorithm!r}; "
                 "SB3Agent.of(algorithm) finds the agent for others"
             )
+        return algorithm
 
     def make_policy(self, policy: Any, arguments: dict[str, Any]) -> None:
         """Puts ``policy_kwargs`` into the algorithm's arguments; takes out what is the policy's."""
         critic = arguments.pop("critic", "shared")
         if critic not in ("shared", "separate"):
             raise ValueError(f"critic must be 'shared' or 'separate', got {critic!r}")
-        source, self.tokenizer = _starting_model(self.envs.unwrapped, policy)
+        source, self.tokenizer = starting_model(self.envs.unwrapped, policy)
         more = {} if critic == "shared" else {"separate_critic": True}
         arguments["policy_kwargs"] = policy_kwargs(self.envs, source, **more) | arguments.pop("policy_kwargs", {})
 
@@ -156,7 +156,7 @@ class SB3Agent:
     def complete(self, arguments: dict[str, Any], venv: VecEnv) -> None:
         """Fills in, in place, what depends on the environment's size."""
         if arguments.get("n_steps") is None:
-            arguments["n_steps"] = 2 * _longest_response(self.envs)
+            arguments["n_steps"] = 2 * longest_response(self.envs)
         self.prepare(arguments, arguments["n_steps"] * venv.num_envs)
 
     def prepare(self, arguments: dict[str, Any], num_states: int) -> None:
@@ -369,12 +369,12 @@ class SB3Agent:
         return agent
 
 
-def _longest_response(envs: Any) -> int:
+def longest_response(envs: Any) -> int:
     base = envs.unwrapped
     return getattr(base, "max_response_tokens", None) or envs.observation_space["input_ids"].shape[-1]
 
 
-def _starting_model(base: Any, policy: Any) -> tuple[Any, Any]:
+def starting_model(base: Any, policy: Any) -> tuple[Any, Any]:
     """The model to copy and its tokenizer (None where nobody knows one)."""
     tokenizer = getattr(base, "tokenizer", None)
     if isinstance(policy, (str, Path)):

@@ -90,7 +90,7 @@ class SB3PPO(SB3Agent):
 
     def prepare(self, arguments: dict[str, Any], num_states: int) -> None:
         """Fills in the batch size."""
-        if arguments["batch_size"] is None:
+        if arguments.get("batch_size") is None:
             arguments["batch_size"] = max(2, num_states // 2)
 
 

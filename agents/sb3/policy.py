@@ -17,7 +17,7 @@ from rlhf_gym.lm.forward import forward_at
 
 # Logit of a forbidden token where gradients flow: exp() of it is exactly 0, and unlike -inf it gives no NaN when two
 # distributions are subtracted (-inf - -inf) or differentiated twice.
-_FORBIDDEN = -1e9
+FORBIDDEN = -1e9
 
 
 class PreparedStates(NamedTuple):
@@ -56,6 +56,8 @@ class LMActorCriticPolicy(ActorCriticPolicy):
             chosen then differs from state to state, and a plain algorithm keeps no masks for its update.
     """
 
+    takes_masks = False
+
     def __init__(
         self,
         observation_space: spaces.Space,
@@ -71,8 +73,8 @@ class LMActorCriticPolicy(ActorCriticPolicy):
     ) -> None:
         token_filter = token_filter or TokenFilter()
         model = language_model.model if isinstance(language_model, LanguageModel) else language_model
-        _check_spaces(observation_space, action_space, model)
-        if token_filter.uses_reference:
+        check_spaces(observation_space, action_space, model)
+        if token_filter.uses_reference and not self.takes_masks:
             raise ValueError(
                 "top_k and top_p of the reference forbid other tokens in every state, and this policy keeps no masks; "
                 "use an algorithm with masks (MaskablePPO), or an environment with allowed_tokens or none of them"
@@ -118,16 +120,20 @@ class LMActorCriticPolicy(ActorCriticPolicy):
             logits, hidden = self._last(self.lm, obs)
             values = self._values(obs, hidden)
         else:
-            ids, lengths = _sequences(obs)
+            ids, lengths = sequences(obs)
             logits, hidden = self._cached("lm", ids, lengths)
             values = self.value_head(hidden if self.critic_lm is None else self._cached("critic_lm", ids, lengths)[1])
-        logprobs = self.token_filter.logprobs(logits, self.token_filter.mask(logits))
+        logprobs = self.token_filter.logprobs(logits, self._mask(logits))
         actions = self._choose(logprobs, deterministic)
         return actions, values, logprobs.gather(1, actions[:, None])[:, 0]
 
     def _predict(self, observation: dict[str, Tensor], deterministic: bool = False) -> Tensor:
-        logits, _ = self._cached("lm", *_sequences(observation))
-        return self._choose(self.token_filter.logprobs(logits, self.token_filter.mask(logits)), deterministic)
+        logits, _ = self._cached("lm", *sequences(observation))
+        return self._choose(self.token_filter.logprobs(logits, self._mask(logits)), deterministic)
+
+    def _mask(self, logits: Tensor) -> Tensor | None:
+        """Tokens that may be chosen where the policy's logits are these. Shape (n, V), bool; None: all."""
+        return self.token_filter.mask(logits)
 
     def _choose(self, logprobs: Tensor, deterministic: bool) -> Tensor:
         if deterministic:
@@ -161,7 +167,7 @@ class LMActorCriticPolicy(ActorCriticPolicy):
 
     def prepare(self, obs: dict[str, Tensor]) -> PreparedStates:
         """Finds out once which of n states share a sequence; the methods below take the result instead of ``obs``."""
-        return PreparedStates(*share_prefixes(*_sequences(obs)))
+        return PreparedStates(*share_prefixes(*sequences(obs)))
 
     def evaluate_actions(self, obs: dict[str, Tensor], actions: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Values (n, 1), log-probs (n,) and entropies (n,) of n states with their actions."""
@@ -183,7 +189,7 @@ class LMActorCriticPolicy(ActorCriticPolicy):
 
     def sharing_order(self, obs: dict[str, Tensor]) -> Tensor:
         """An order of n states, (n,), in which those that share a sequence stand together."""
-        return _lexicographic(*_sequences(obs))[1].argsort(stable=True)
+        return _lexicographic(*sequences(obs))[1].argsort(stable=True)
 
     def _values(self, obs: dict[str, Tensor], hidden: Tensor | None) -> Tensor:
         if self.critic_lm is not None:
@@ -194,9 +200,9 @@ class LMActorCriticPolicy(ActorCriticPolicy):
 
     def _distribution(self, logits: Tensor) -> Distribution:
         # A model of ours may forbid tokens itself, by -inf.
-        logits = (logits.float() / self.token_filter.temperature).clamp(min=_FORBIDDEN)
-        mask = self.token_filter.mask(logits)
-        return self.action_dist.proba_distribution(logits if mask is None else logits.masked_fill(~mask, _FORBIDDEN))
+        logits = (logits.float() / self.token_filter.temperature).clamp(min=FORBIDDEN)
+        mask = self._mask(logits)
+        return self.action_dist.proba_distribution(logits if mask is None else logits.masked_fill(~mask, FORBIDDEN))
 
     def _last(self, model: PreTrainedModel, obs: dict[str, Tensor] | PreparedStates) -> tuple[Tensor, Tensor]:
         """Logits (n, V) and hidden states (n, d) at the last real token of n states, each sequence run once."""
@@ -264,11 +270,11 @@ def _lexicographic(ids: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
     return torch.unique(torch.where(real, ids, -1), dim=0, return_inverse=True)
 
 
-def _sequences(obs: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+def sequences(obs: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
     return obs["input_ids"].long(), obs["attention_mask"].long().sum(-1)
 
 
-def _check_spaces(observation_space: spaces.Space, action_space: spaces.Space, model: PreTrainedModel) -> None:
+def check_spaces(observation_space: spaces.Space, action_space: spaces.Space, model: PreTrainedModel) -> None:
     keys = set(observation_space.spaces) if isinstance(observation_space, spaces.Dict) else None
     if keys != {"input_ids", "attention_mask"}:
         raise TypeError(f"observations must be Dict(input_ids, attention_mask), right-padded, got {observation_space}")

@@ -50,6 +50,7 @@ class Report(BaseCallback):
         # Of each step so far, what the audit cannot read in the buffer.
         self._ref_logprobs: list[list[float]] = []
         self._scores: list[list[float]] = []
+        self._seen: Any = None
 
     def _on_training_start(self) -> None:
         from tqdm.auto import tqdm
@@ -73,7 +74,9 @@ class Report(BaseCallback):
         self._marks[0] = time.perf_counter()
 
     def _on_step(self) -> bool:
-        infos, dones = self.locals["infos"], self.locals["dones"]
+        dones, infos = self._last_step()
+        if not len(infos):
+            return True
         if "log_probs" in self.locals:
             self._logprob_sums += self.locals["log_probs"].detach().cpu().numpy().reshape(-1)
         for i in np.flatnonzero(dones):
@@ -84,6 +87,20 @@ class Report(BaseCallback):
         self._scores.append([info.get("score", np.nan) for info in infos])
         self._bar.update(self.training_env.num_envs)
         return True
+
+    def _last_step(self) -> tuple[Any, Any]:
+        """Dones and infos of a step; none where it has been seen already."""
+        if "infos" in self.locals:
+            return self.locals["dones"], self.locals["infos"]
+        step = self.training_env.last_step  # evolution strategies show no locals, and call once per row
+        seen, self._seen = self._seen, step
+        return ((), ()) if step is seen else step
+
+    def _knows_logprobs(self) -> bool:
+        """Whether the algorithm's log-probs are those of tokens; several actions may stand for one."""
+        venv = self.training_env
+        shared = venv.has_attr("needs_all_logprobs") and any(venv.get_attr("needs_all_logprobs"))
+        return "log_probs" in self.locals and not shared
 
     def _on_rollout_end(self) -> None:
         self._rollout_ended = True
@@ -144,9 +161,10 @@ class Report(BaseCallback):
             "objective/rlhf_reward": mean(returns),
             "objective/non_score_reward": mean(returns) - mean(scores),
             "objective/kl": mean([e["kl"] for e in episodes if "kl" in e]) if any("kl" in e for e in episodes) else 0.0,
-            "objective/entropy": -mean([e["logprob"] for e in episodes]),
             "val/num_eos_tokens": float(sum(ended_by_eos)),
         }
+        if self._knows_logprobs():
+            metrics["objective/entropy"] = -mean([e["logprob"] for e in episodes])
         kl_coef = getattr(self.agent.envs.unwrapped, "kl_coef", None)
         if kl_coef is not None:
             metrics["objective/kl_coef"] = kl_coef
@@ -155,7 +173,7 @@ class Report(BaseCallback):
             if term:
                 metrics[f"objective/scores/{name.removeprefix('score/')}"] = mean(term)
         for name, value in self.logger.name_to_value.items():
-            if name.startswith("train/"):
+            if name.startswith("train/") or name == "rollout/exploration_rate":
                 metrics[name] = float(value)
         for name, others in _SYNONYMS.items():
             for other in others:
