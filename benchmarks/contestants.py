@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import difflib
-import functools
 import importlib
 import os
 import sys
@@ -39,7 +38,7 @@ def load_agent(name: str) -> Callable[..., Any]:
     if sb3 is not None and isinstance(found, type) and issubclass(found, sb3.BaseAlgorithm):
         from rlhf_gym.agents import SB3Agent
 
-        return functools.partial(SB3Agent, algorithm=found)
+        return SB3Agent.of(found)
     for method in ("learn", "predict"):
         if isinstance(found, type) and not callable(getattr(found, method, None)):
             raise ValueError(f"--agents {name}: an agent has the methods learn and predict, this one lacks {method}")

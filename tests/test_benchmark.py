@@ -160,6 +160,14 @@ def test_global_generators_are_seeded_and_given_back():
     assert found[0]["metrics"] == found[1]["metrics"] != found[2]["metrics"]
 
 
+def test_prompts_depend_on_the_seed_alone():
+    benchmark_agents.SeesPrompts.seen.clear()
+    for seed in (0, 0, 100):
+        fault("SeesPrompts", task="Difficulty", seed=seed, num_envs=16)
+    first, again, other = benchmark_agents.SeesPrompts.seen
+    assert first == again != other and set(first) == {0, 1, 2, 3}
+
+
 def test_provenance_is_the_packages_own(tmp_path, monkeypatch):
     commit = provenance()["commit"]
     monkeypatch.chdir(tmp_path)  # which is no checkout
@@ -367,7 +375,7 @@ def test_the_example_agent_takes_part(tmp_path, capsys):
 def test_agents_by_name():
     assert load_agent("ppo").__name__ == "PPO"
     assert load_agent("benchmark_agents:Idle") is benchmark_agents.Idle
-    assert load_agent("stable_baselines3:A2C").keywords["algorithm"].__name__ == "A2C"
+    assert load_agent("sb3_contrib:TRPO").algorithm_class.__module__.startswith("sb3_contrib")
     for name, message in (
         ("pppo", "did you mean 'ppo'"),
         ("nowhere_at_all:X", "no module 'nowhere_at_all'"),
