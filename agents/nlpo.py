@@ -113,6 +113,8 @@ class NLPO(PPO):
 class MaskedLM(nn.Module):
     """A causal language model that gives -inf to the tokens that another one's top-k or top-p leaves out.
 
+    It has no cache, which is enough for evaluation; rollouts run both models with theirs.
+
     Args:
         model: The model.
         mask_model: The one whose logits the filter looks at.
@@ -124,6 +126,7 @@ class MaskedLM(nn.Module):
         self.model, self.mask_model, self.token_filter = model, mask_model, token_filter
         self.config = model.config
 
+    has_cache = False
     device = property(lambda self: self.model.device)
     dtype = property(lambda self: self.model.dtype)
 
@@ -131,7 +134,7 @@ class MaskedLM(nn.Module):
         """None: what comes out is not the product of any head."""
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None, **kwargs: Any) -> CausalLMOutputWithPast:
-        """Logits of every position, (B, L, V). There is no cache."""
+        """Logits of every position, (B, L, V)."""
         given = {"input_ids": input_ids, "attention_mask": attention_mask, "use_cache": False}
         allowed = self.token_filter.mask(self.mask_model(**given).logits)
         return CausalLMOutputWithPast(logits=self.model(**given).logits.masked_fill(~allowed, -torch.inf))

@@ -14,6 +14,7 @@ import rlhf_gym
 from rlhf_gym.agents import NLPO, PPO
 from rlhf_gym.agents.audit import Audit, AuditWarning
 from rlhf_gym.benchmarks.fixed_points import make_task
+from rlhf_gym.evaluation import evaluate
 from rlhf_gym.lm import response_logits
 
 TOP_P = 0.7
@@ -75,6 +76,11 @@ def test_one_distribution_for_sampling_training_acting_and_evaluation():
     torch.testing.assert_close(entropy[real], torch.distributions.Categorical(logits=logits).entropy()[real])
     evaluated = logits_of(agent.policy_model, batch)
     assert torch.equal((evaluated > -torch.inf)[real], batch.allowed[real])
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        drawn = evaluate(agent, agent.envs, num_episodes=64)
+    assert abs(drawn.kl.mean() - batch.kl.sum(1).mean()) < 4 * (drawn.kl.std() / 8 + batch.kl.sum(1).std() / 4)
 
     # The penalty is taken to the whole reference.
     ref_logprobs = reference.log_softmax(-1).gather(-1, batch.response_ids[..., None])[..., 0]

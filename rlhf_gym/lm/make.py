@@ -25,7 +25,8 @@ def make_engine(model: PreTrainedModel | LanguageModel, num_rows: int, max_token
     A cached engine has to prove that it does: two rows of different lengths, longer than the model's attention window
     where there is one, are filled and moved on by a few tokens, and compared with plain forwards of the model on each
     row alone. The verdict is remembered with the model, so that further engines cost nothing. A model whose cache
-    fails the proof is served by recomputing everything for each token, with one warning.
+    fails the proof is served by recomputing everything for each token, with one warning; one whose class says
+    ``has_cache = False``, without a trial.
 
     Args:
         model: A causal language model.
@@ -68,7 +69,8 @@ def _proved_class(model: PreTrainedModel, max_tokens: int) -> type[Engine]:
             f"{type(model).__name__} cannot be used: a batch with padding on the right does not give the logits of its "
             f"rows alone, as a causal language model's would ({'; '.join(reasons)})"
         )
-    if candidate is Recompute and not (circumstances in verdicts and verdicts[circumstances][0] is Recompute):
+    known = circumstances in verdicts and verdicts[circumstances][0] is Recompute
+    if candidate is Recompute and reasons and not known:
         warnings.warn(
             f"{type(model).__name__} is run without a cache, which is right but slow: with one it does not give the "
             f"logits of its plain forward ({'; '.join(reasons)})",
@@ -79,6 +81,8 @@ def _proved_class(model: PreTrainedModel, max_tokens: int) -> type[Engine]:
 
 
 def _candidates(model: PreTrainedModel) -> list[type[Engine]]:
+    if not getattr(model, "has_cache", True):
+        return [Recompute]
     if getattr(model, "has_fixed_size_cache", False):
         return [Recurrent, Recompute]
     return [LeanKV, RaggedKV, Recompute] if LeanKV.supports(model) else [RaggedKV, Recompute]
