@@ -147,5 +147,6 @@ def jackknife_estimate(statistic: Callable[[np.ndarray], float], prompt_index: n
 def _prompt_means(values: np.ndarray, prompt_index: np.ndarray) -> np.ndarray:
     """Mean over the responses to each prompt, NaN left out. Shape (number of prompts with a value,), float64."""
     known = ~np.isnan(values)
-    groups = [values[known & (prompt_index == i)] for i in np.unique(prompt_index[known])]
-    return np.array([group.mean() for group in groups], dtype=np.float64)
+    prompts, row = np.unique(prompt_index[known], return_inverse=True)
+    row = row.reshape(-1)
+    return np.bincount(row, values[known], len(prompts)) / np.bincount(row, minlength=len(prompts))

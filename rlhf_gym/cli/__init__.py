@@ -1,6 +1,7 @@
 """The command line ``rlhf-gym``. Nothing heavy is imported before a verb runs: ``--help`` answers at once.
 
-Exit codes: 0 done, 1 the doctor found something wrong, 2 bad input (one line says what and how to mend it), 130 Ctrl-C.
+Exit codes: 0 done, 1 something is wrong with what was looked at (doctor, data), 2 bad input (one line says what and how
+to mend it), 130 Ctrl-C.
 Set ``RLHF_GYM_TRACEBACK=1`` to see where an error came from.
 """
 

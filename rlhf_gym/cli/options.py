@@ -1,10 +1,12 @@
-"""The options of each verb. This module imports nothing: it is all that ``--help`` reads."""
+"""The options of each verb. This module imports nothing that takes time: it is all that ``--help`` reads."""
 
 from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
+
+from rlhf_gym.cli.data_options import DataCheck, DataClean, DataSplit
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -237,6 +239,9 @@ VERBS = {
     "generate": Verb(Generate, "rlhf_gym.cli.generate"),
     "benchmark": Verb(Benchmark, "rlhf_gym.cli.benchmark"),
     "plot": Verb(Plot, "rlhf_gym.cli.plot", positional=True),
+    "data check": Verb(DataCheck, "rlhf_gym.cli.data_check", positional=True),
+    "data clean": Verb(DataClean, "rlhf_gym.cli.data_clean", positional=True),
+    "data split": Verb(DataSplit, "rlhf_gym.cli.data_split", positional=True),
     "doctor": Verb(Doctor, "rlhf_gym.cli.doctor"),
 }
 

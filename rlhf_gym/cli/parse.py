@@ -36,6 +36,7 @@ def parse(argv: Sequence[str]) -> tuple[str, Any]:
 
         print(__version__)
         raise SystemExit(0)
+    argv = _joined(argv)
     _check_names(argv)
     import tyro
 
@@ -57,6 +58,22 @@ def parse(argv: Sequence[str]) -> tuple[str, Any]:
         verb = argv[0]
         raise UsageError(f"{_first_sentence(output.getvalue())}; see rlhf-gym {verb} --help") from None
     return argv[0], options
+
+
+def _joined(argv: Sequence[str]) -> list[str]:
+    """A verb of two words as one: ``["data", "check", ...]`` becomes ``["data check", ...]``.
+
+    Raises:
+        UsageError: If the second word is missing.
+    """
+    if not argv or not any(name.startswith(f"{argv[0]} ") for name in VERBS):
+        return list(argv)
+    if argv[1:2] in (["--help"], ["-h"]):
+        return ["--help"]
+    if len(argv) == 1 or argv[1].startswith("-"):
+        names = [f"rlhf-gym {name}" for name in VERBS if name.startswith(f"{argv[0]} ")]
+        raise UsageError(f"{argv[0]!r} needs a second word: {', '.join(names)}, each with --help")
+    return [f"{argv[0]} {argv[1]}", *argv[2:]]
 
 
 def _check_names(argv: Sequence[str]) -> None:

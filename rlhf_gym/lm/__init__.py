@@ -4,7 +4,7 @@ from .cached import RaggedKV
 from .engine import Engine
 from .forward import join_responses, pad_sequences, padded_logits, response_logits, response_logprobs, right_padded
 from .generate import Responses, generate
-from .load import PACKAGED_MODELS, LanguageModel, disable_dropout, load_language_model
+from .load import PACKAGED_MODELS, LanguageModel, disable_dropout, load_language_model, load_tokenizer
 from .lstm import LSTMConfig, LSTMForCausalLM
 from .make import make_engine
 from .matmul import fast_linear
@@ -28,6 +28,7 @@ __all__ = [
     "generate",
     "join_responses",
     "load_language_model",
+    "load_tokenizer",
     "make_engine",
     "pad_sequences",
     "padded_logits",

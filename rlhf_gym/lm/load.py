@@ -120,9 +120,18 @@ def load_language_model(
             raise ValueError(f"tokenizer must be given with a {name} object that was not loaded from a directory")
         tokenizer = _load_tokenizer(source)
     elif isinstance(tokenizer, (str, os.PathLike)):
-        tokenizer = _load_tokenizer(find_source("tokenizer", os.fspath(tokenizer)))
+        tokenizer = load_tokenizer(tokenizer)
     model.eval().requires_grad_(False)
     return _describe(model, tokenizer, name)
+
+
+def load_tokenizer(name: str | os.PathLike) -> Any:
+    """The tokenizer of a packaged model, a directory, an id on the Hugging Face hub or a ".gguf" file. No remote code runs.
+
+    Raises:
+        ValueError: If there is none. Says what to do.
+    """
+    return _load_tokenizer(find_source("tokenizer", os.fspath(name)))
 
 
 def max_context(config) -> int | None:
@@ -169,7 +178,7 @@ def torch_device(device: torch.device | str) -> torch.device:
 def _check_same(lm: LanguageModel, tokenizer: Any, device: torch.device | str, dtype: torch.dtype | str) -> None:
     """Refuse arguments that a loaded model does not agree with: it is shared, so it is neither moved nor changed."""
     if isinstance(tokenizer, (str, os.PathLike)):
-        tokenizer = _load_tokenizer(find_source("tokenizer", os.fspath(tokenizer)))
+        tokenizer = load_tokenizer(tokenizer)
     if tokenizer is not None and tokenizer is not lm.tokenizer and tokenizer.get_vocab() != lm.tokenizer.get_vocab():
         raise ValueError(
             f"tokenizer must not be given with the LanguageModel {lm.name!r}, which has another one already"
