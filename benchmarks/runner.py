@@ -128,10 +128,7 @@ def run(plan: Plan, out: Path, *, jobs: int, progress: Progress, allow_mixed: bo
                 agent: [tuning.best([cell for cell in swept if cell["agent"] == agent])] for agent in plan.agents
             }
         else:
-            configs = {
-                agent: [tuning.PRESETS.get((agent, plan.policy_kind), {}) | plan.settings[agent]]
-                for agent in plan.agents
-            }
+            configs = {agent: [tuning.preset(agent, plan.policy_kind) | plan.settings[agent]] for agent in plan.agents}
         measure(RESULTS, plan.keys(configs, range(plan.num_seeds)))
         return read_cells(out / RESULTS)
 

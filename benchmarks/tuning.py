@@ -15,6 +15,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from rlhf_gym.agents import AGENTS
+
 SEED = 1_000_000  # of all tuning runs; the benchmark's count from 0
 
 
@@ -32,8 +34,8 @@ LEARNING_RATES = {
     "lstm": LogUniform(2e-4, 2e-2),
     "reference": LogUniform(3e-5, 1e-3),
 }
-# Agent -> what is searched beside its learning rate: a range, or a list to choose from. Agents that are not here,
-# anybody's among them, have their learning rate tuned.
+# Agent -> what is searched beside its learning rate (None: nothing learns at one): a range, or a list to choose from.
+# Agents that are not here, anybody's among them, have their learning rate tuned.
 SPACES: dict[str, dict[str, Any]] = {
     "ppo": {"num_epochs": [1, 2, 4], "gae_lambda": [0.9, 0.95, 1.0]},
     "sb3-ppo": {"n_epochs": [1, 2, 4], "gae_lambda": [0.9, 0.95, 1.0]},
@@ -42,17 +44,27 @@ SPACES: dict[str, dict[str, Any]] = {
         "learning_rate": LogUniform(1e-3, 1e-1), "relative_damping": [True],
         "target_kl": LogUniform(3e-3, 0.1), "cg_damping": LogUniform(0.03, 1.0),
     },
+    "best-of-n": {"learning_rate": None, "num_candidates": [2, 4, 8, 16, 32, 64]},
+    "q-learning": {
+        "learning_rate": None, "step_power": [0.5, 0.6, 0.7, 0.8, 0.9, 1.0], "exploration_fraction": [0.2, 0.5, 0.8],
+    },
 }  # fmt: skip
-# (agent, policy) -> settings where neither the command line nor the tuning says otherwise; all others have their own.
+# Without tuning: the step that suits a policy, found with PPO and the same for all of ours that learn at one ...
+RATES = {"tabular": 0.02, "transformer": 1e-3, "lstm": 2e-3}
+# ... and for (agent, policy) what is known to be needed. All others have their own defaults.
 PRESETS: dict[tuple[str, str], dict[str, Any]] = {
-    ("ppo", "tabular"): {"learning_rate": 0.02},
     ("trpo", "tabular"): {"relative_damping": True, "cg_damping": 0.1, "target_kl": 0.01},
-    ("sb3-ppo", "tabular"): {"learning_rate": 0.02},
-    ("a2c", "tabular"): {"learning_rate": 0.02},
     # Larger batches than the rows give, as in `rlhf-gym demo`; TRPO wants more updates instead.
     ("ppo", "reference"): {"learning_rate": 2e-4, "num_rounds": 4},
     ("trpo", "reference"): {"n_steps": 24},
 }
+
+
+def preset(agent: str, policy: str) -> dict[str, Any]:
+    """An agent's settings where neither the command line nor the tuning says otherwise."""
+    learns_at_a_rate = agent in AGENTS and "learning_rate" not in SPACES.get(agent, {})
+    common = {"learning_rate": RATES[policy]} if learns_at_a_rate and policy in RATES else {}
+    return PRESETS.get((agent, policy), common)
 
 
 def draw(agent: str, policy: str, number: int, fixed: dict[str, Any]) -> dict[str, Any]:
@@ -66,6 +78,8 @@ def draw(agent: str, policy: str, number: int, fixed: dict[str, Any]) -> dict[st
     rng = np.random.default_rng([zlib.crc32(agent.encode()), number])
     found: dict[str, Any] = {}
     for name, space in ({"learning_rate": LEARNING_RATES[policy]} | SPACES.get(agent, {})).items():
+        if space is None:
+            continue
         if isinstance(space, LogUniform):
             # Three digits, so that a configuration can be read and typed.
             found[name] = float(f"{math.exp(rng.uniform(math.log(space.low), math.log(space.high))):.3g}")
