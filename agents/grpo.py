@@ -12,7 +12,8 @@ go by a name are settings to be splatted, ``GRPO(envs, **DR_GRPO)``:
 * ``DR_GRPO`` (Liu et al. 2025, section 3.2): no standard deviation, no division by a response's own length.
 * ``DAPO`` (Yu et al. 2025, eq. 8 to 12): a higher bound for rising probabilities, the mean over all tokens, no groups
   without a contrast. Not its penalty of overlong responses, which is a matter of the reward.
-* ``GSPO`` (Zheng et al. 2025, eq. 5 to 7): one ratio for the whole response, (pi(y) / pi_old(y))^(1 / length).
+* ``GSPO`` (Zheng et al. 2025, eq. 5 to 7): one ratio for the whole response, (pi(y) / pi_old(y))^(1 / length). Its bounds
+  of 3e-4 and 4e-4 are for a learning rate of 1e-6; larger steps leave them at once.
 
 All three were published without a KL penalty: make the environment with ``kl_coef=0`` for that. Clipping acts from the
 second optimiser step on a rollout, so with the published one step DAPO's and GSPO's bounds would do nothing: their
