@@ -22,10 +22,12 @@ SETTINGS = {
     "nlpo": {"learning_rate": 1e-2, "num_minibatches": 2, "mask_top_p": 0.99, "mask_update_interval": 2},
     "vargrad": {"learning_rate": 1e-2, "group_size": 4, "num_minibatches": 2},
     "soft-q": {"learning_rate": 1e-2, "num_minibatches": 2},
+    "expert-iteration": {"learning_rate": 1e-2, "group_size": 4, "num_minibatches": 2},
+    "online-dpo": {"learning_rate": 1e-2, "group_size": 4, "num_minibatches": 2},
     "q-learning": {},
 }
-NEEDS_KL = {"vargrad", "soft-q"}
-COMPARES_RESPONSES = {"grpo", "vargrad"}  # equal rewards teach nothing at all
+NEEDS_KL = {"vargrad", "soft-q", "online-dpo"}
+COMPARES_RESPONSES = {"grpo", "vargrad", "expert-iteration", "online-dpo"}  # equal rewards teach nothing at all
 
 
 def class_of(name):
