@@ -52,7 +52,7 @@ def test_custom_reward_takes_fifteen_lines_of_code():
     assert len(lines) <= 15
 
 
-@pytest.mark.parametrize("name", ["cleanrl_style_reinforce", "sb3_style_agent"])
+@pytest.mark.parametrize("name", ["cleanrl_style_reinforce", "custom_agent", "sb3_style_agent"])
 def test_strangers_import_nothing_of_ours(name):
     assert not {"rlhf_gym", "agents"} & set(imported(name))
 
@@ -60,6 +60,12 @@ def test_strangers_import_nothing_of_ours(name):
 def test_cleanrl_style_reinforce(example):
     scores = example("cleanrl_style_reinforce").main(num_iterations=2, num_envs=3, num_steps=40)
     assert len(scores) == 2 and all(0 <= score <= 1 for score in scores)
+
+
+def test_custom_agent(example, capsys):
+    """On a language model; in the benchmark it is tests/test_benchmark.py's."""
+    agent = example("custom_agent").main(total_timesteps=1)
+    assert agent.num_timesteps >= 32 and capsys.readouterr().out.startswith(f"{agent.num_timesteps} ")
 
 
 def test_sb3_style_agent(example, capsys):
