@@ -1,8 +1,8 @@
 """Settings of the agents: what is known to work, and equal tuning for all by random search.
 
 Every agent gets the same number of random draws (one that comes twice is run once), each trained on every task with one
-seed that the benchmark does not use. The best by the mean over tasks (of the normalised score; without a known optimum of score - kl_coef * KL)
-is then the agent's configuration in the benchmark.
+seed that the benchmark does not use. The best by the mean over tasks (of the normalised score; without a known optimum
+of score - kl_coef * KL) is then the agent's configuration in the benchmark.
 """
 
 from __future__ import annotations
