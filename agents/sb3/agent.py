@@ -363,7 +363,7 @@ class SB3Agent:
             agent.kl_controller.load_state_dict(state["kl_controller"])
             env.unwrapped.kl_coef = agent.kl_controller.coef
         if _restore_prompt_order(env.unwrapped, state["prompt_order"]):
-            agent.algorithm.env._reset_seeds()  # the rows go on in their order of prompts
+            agent.algorithm.env.unwrapped._reset_seeds()  # the rows go on in their order of prompts
         set_counters(agent.algorithm, state["counters"])
         agent.num_updates = state["num_updates"]
         return agent

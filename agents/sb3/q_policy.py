@@ -44,10 +44,12 @@ class LMQNetwork(nn.Module):
                 "the LM head of this table reads a number instead of a vector (the table has one state, or thousands), "
                 "of which a linear Q-function makes nothing; start from policy='tabular' or policy='transformer'"
             )
-        # The LM head is not used, but for what it forbids. Tied to the embeddings, it is part of the trunk.
+        # The LM head is not used, but for what it forbids; embeddings that were tied to it are trained without it.
         tied = [] if embeddings is None else [p.data_ptr() for p in embeddings.parameters()]
-        for p in head.parameters():
-            p.requires_grad_(p.data_ptr() in tied)
+        for name, p in list(head.named_parameters()):
+            if p.data_ptr() in tied:
+                setattr(head, name, nn.Parameter(p.detach().clone()))
+        head.requires_grad_(False)
         self.q_head = nn.Linear(self.width, self.vocab_size * (num_quantiles or 1), bias=False)
         nn.init.zeros_(self.q_head.weight)
 
@@ -76,8 +78,11 @@ class LMQNetwork(nn.Module):
             head.linear.weight.copy_(weight)
             head.linear.bias.zero_()
         else:
-            sharp = nn.Linear(self.width, self.vocab_size, bias=False, device=weight.device)
+            has_bias = getattr(head, "bias", None) is not None  # as the model's class will want to load it
+            sharp = nn.Linear(self.width, self.vocab_size, bias=has_bias, device=weight.device)
             sharp.weight.copy_(weight)
+            if has_bias:
+                sharp.bias.zero_()
             lm.config.tie_word_embeddings = False
             lm.set_output_embeddings(sharp.requires_grad_(False))
             lm.all_tied_weights_keys = {}  # what save_pretrained would leave out

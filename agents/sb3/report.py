@@ -163,6 +163,8 @@ class Report(BaseCallback):
             "objective/kl": mean([e["kl"] for e in episodes if "kl" in e]) if any("kl" in e for e in episodes) else 0.0,
             "val/num_eos_tokens": float(sum(ended_by_eos)),
         }
+        if hasattr(self.model, "exploration_rate"):
+            metrics["rollout/exploration_rate"] = float(self.model.exploration_rate)
         if self._knows_logprobs():
             metrics["objective/entropy"] = -mean([e["logprob"] for e in episodes])
         kl_coef = getattr(self.agent.envs.unwrapped, "kl_coef", None)
@@ -173,7 +175,7 @@ class Report(BaseCallback):
             if term:
                 metrics[f"objective/scores/{name.removeprefix('score/')}"] = mean(term)
         for name, value in self.logger.name_to_value.items():
-            if name.startswith("train/") or name == "rollout/exploration_rate":
+            if name.startswith("train/"):
                 metrics[name] = float(value)
         for name, others in _SYNONYMS.items():
             for other in others:

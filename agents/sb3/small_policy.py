@@ -58,20 +58,19 @@ class SmallPolicyLM(nn.Module):
 
     device = property(lambda self: self.reference.device)
     dtype = property(lambda self: self.reference.dtype)
+    has_fixed_size_cache = property(lambda self: getattr(self.reference, "has_fixed_size_cache", False))
 
     def get_output_embeddings(self) -> None:
         """None: what the policy makes of a hidden state is no linear head."""
 
     @torch.no_grad()
-    def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None, **kwargs: Any) -> SimpleNamespace:
-        """Logits (B, L, V) of every position; real tokens come first. There is no cache."""
-        if kwargs.get("past_key_values") is not None or kwargs.get("use_cache"):
-            raise NotImplementedError("a policy on hidden states has no cache of its own")
+    def forward(self, input_ids: Tensor, **kwargs: Any) -> SimpleNamespace:
+        """Logits (B, L, V) of every position; ``kwargs`` (mask, cache) are the reference's."""
         rows = torch.arange(len(input_ids), device=input_ids.device)[:, None]
         columns = torch.arange(input_ids.shape[1], device=input_ids.device)[None]
-        logits, hidden, _ = forward_at(self.reference, input_ids, rows, columns, use_cache=False)
-        found = self.next_logits(logits.flatten(0, 1), hidden.flatten(0, 1))
-        return SimpleNamespace(logits=found.unflatten(0, input_ids.shape), past_key_values=None)
+        logits, hidden, output = forward_at(self.reference, input_ids, rows, columns, **kwargs)
+        found = self.next_logits(logits.flatten(0, 1), hidden.flatten(0, 1)).unflatten(0, input_ids.shape)
+        return SimpleNamespace(logits=found, past_key_values=getattr(output, "past_key_values", None))
 
     def next_logits(self, logits: Tensor, hidden: Tensor) -> Tensor:
         """The policy's logits (n, V) where the reference's are these and its hidden states (n, d) those."""
