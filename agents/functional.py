@@ -364,7 +364,7 @@ def policy_loss_clipped(
     advantages: Tensor,
     mask: Tensor,
     *,
-    clip_range: float | tuple[float, float] = 0.2,
+    clip_range: float | tuple[float, float] | None = 0.2,
     dual_clip: float | None = None,
     importance_level: Literal["token", "sequence"] = "token",
 ) -> tuple[Tensor, dict[str, Tensor]]:
@@ -383,7 +383,8 @@ def policy_loss_clipped(
         old_logprobs: Log-probabilities under the policy that sampled. Shape (B, R), float32.
         advantages: Advantages. Shape (B, R), float32; spread one per response with ``a[:, None].expand_as(mask)``.
         mask: True on real tokens. Shape (B, R), bool.
-        clip_range: One number for both sides, or (low, high), each >= 0 and low <= 1 (DAPO: (0.2, 0.28)).
+        clip_range: One number for both sides, or (low, high), each >= 0 and low <= 1 (DAPO: (0.2, 0.28)). None does not
+            clip: what is left are importance weights, under which a baseline still has the expectation 0.
         dual_clip: None (off), or c > 1 + high: bounds the loss of an unlikely bad token whose ratio explodes.
         importance_level: "token" or "sequence".
 
@@ -435,7 +436,9 @@ def policy_loss_clipped(
     return _real(-surrogate, mask), stats
 
 
-def _clip_bounds(clip_range: float | tuple[float, float]) -> tuple[float, float]:
+def _clip_bounds(clip_range: float | tuple[float, float] | None) -> tuple[float, float]:
+    if clip_range is None:
+        return 1.0, math.inf
     low, high = clip_range if isinstance(clip_range, (tuple, list)) else (clip_range, clip_range)
     if not (0 <= low <= 1 and 0 <= high < math.inf):
         raise ValueError(f"clip_range must be a number in [0, 1] or (low in [0, 1], high >= 0), got {clip_range!r}.")
