@@ -26,7 +26,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -56,21 +56,25 @@ class BestOfNConfig(AgentConfig):
         check_fields(self, {"num_candidates": COUNT})
 
 
-@dataclass
+@dataclass(frozen=True)
 class _Plan:
-    """What a row is about to say.
+    """What a row has said and is about to say; all are token ids.
 
     Attributes:
-        prompt: Token ids.
+        prompt: The prompt.
         index: Its number in the environment, -1 for a prompt that is not one of its own.
-        response: Token ids, those that are said already included.
-        num_said: Tokens handed out or found in the row.
+        text: Prompt and response so far.
+        response: The whole response that is planned, what is said of it included; no more than that if nothing is.
     """
 
     prompt: list[int]
     index: int
+    text: list[int]
     response: list[int]
-    num_said: int
+
+    @property
+    def num_said(self) -> int:
+        return len(self.text) - len(self.prompt)
 
 
 class BestOfN(Agent):
@@ -136,13 +140,13 @@ class BestOfN(Agent):
         """The next tokens of the best continuations; see the module's docstring.
 
         Each row has a plan of its own, so observations have to come with the same rows in the same order. A text that
-        no plan leads to begins with one of the environment's prompts, or is a prompt itself. Where the response has
-        ended, the padding token is returned.
+        no plan leads to is taken for one of the environment's prompts with the beginning of a response, where it can be,
+        and otherwise for a prompt. Where the response has ended, the padding token is returned.
 
         Args:
             observation: ``input_ids`` and ``attention_mask`` of one row (L,) or several (N, L), numpy or torch.
-            deterministic: Draw the candidates with the same random numbers each time: then the plan depends on the text
-                alone.
+            deterministic: Draw the candidates with the same random numbers each time: a plan then depends on nothing
+                but the text.
 
         Returns:
             As :meth:`~rlhf_gym.agents.base.Agent.predict`.
@@ -154,40 +158,38 @@ class BestOfN(Agent):
         if len(self._plans) != len(texts):
             self._plans = [None] * len(texts)
         plans = [self._followed(plan, text) for plan, text in zip(self._plans, texts, strict=True)]
+        unplanned = [row for row, plan in enumerate(plans) if self._has_to_go_on(plan)]
+        for said in sorted({plans[row].num_said for row in unplanned}):  # so many tokens are left to all of these
+            rows = [row for row in unplanned if plans[row].num_said == said]
+            responses = self._best_continuations([plans[row] for row in rows], deterministic)
+            for row, response in zip(rows, responses, strict=True):
+                plans[row] = replace(plans[row], response=response)
         self._plans = list(plans)
-        unplanned = [plan for plan in plans if len(plan.response) == plan.num_said and not self._has_ended(plan)]
-        for said in sorted({plan.num_said for plan in unplanned}):  # so many tokens are left to all of these
-            self._continue([plan for plan in unplanned if plan.num_said == said], deterministic)
         tokens = [(plan.response[plan.num_said :] or [self._process.pad_token_id])[0] for plan in plans]
-        for plan in plans:
-            plan.num_said = min(plan.num_said + 1, len(plan.response))
         found = torch.tensor(tokens[0] if single else tokens)
         is_tensor = isinstance(observation["input_ids"], Tensor)
         return (found.to(observation["input_ids"].device) if is_tensor else found.numpy()), None
 
     def _followed(self, plan: _Plan | None, text: list[int]) -> _Plan:
-        """The row's plan where the text is as it says; otherwise one that knows what has been said and no more."""
-        known = plan is not None and text[: len(plan.prompt)] == plan.prompt
-        said = text[len(plan.prompt) :] if known else []
-        # The same text again is the same question; a bare prompt may be a new episode.
-        if said and said == plan.response[: len(said)] and plan.num_said - 1 <= len(said) <= plan.num_said:
-            plan.num_said = len(said)
-            return plan
-        if tuple(text) not in self._index:
-            if said:
-                return _Plan(plan.prompt, plan.index, said, len(said))
-            for length in sorted({len(prompt) for prompt in self._index}, reverse=True):
-                if tuple(text[:length]) in self._index and length < len(text):
-                    said = text[length:]
-                    return _Plan(text[:length], self._index[tuple(text[:length])], said, len(said))
-        return _Plan(text, self._index.get(tuple(text), -1), [], 0)
+        """The row's plan, in which the text may be one token further; otherwise one that knows what has been said."""
+        # The same text again is the same question, but a bare prompt is the next episode.
+        if plan is not None and len(text) > len(plan.prompt) and plan.text in (text, text[:-1]):
+            said = text[len(plan.prompt) :]
+            as_planned = plan.response[: len(said)] == said
+            return replace(plan, text=text, response=plan.response if as_planned else said)
+        limit = self._process.max_response_tokens
+        starts = [n for n in set(map(len, self._index)) if tuple(text[:n]) in self._index and len(text) - n <= limit]
+        start = max(starts, default=len(text))
+        return _Plan(text[:start], self._index.get(tuple(text[:start]), -1), text, text[start:])
 
-    def _has_ended(self, plan: _Plan) -> bool:
-        limit = len(plan.response) == self._process.max_response_tokens
-        return limit or (bool(plan.response) and plan.response[-1] in self._process.eos_token_ids)
+    def _has_to_go_on(self, plan: _Plan) -> bool:
+        """Whether all that is planned has been said, and the response has not ended."""
+        limit, ends = self._process.max_response_tokens, self._process.eos_token_ids
+        has_ended = plan.num_said >= limit or (plan.num_said > 0 and plan.text[-1] in ends)
+        return len(plan.response) == plan.num_said and not has_ended
 
-    def _continue(self, plans: list[_Plan], deterministic: bool) -> None:
-        """Finishes the responses of some plans, which have equally many tokens so far, with the best of N ways to."""
+    def _best_continuations(self, plans: list[_Plan], deterministic: bool) -> list[list[int]]:
+        """The best of N responses that begin as these, which have equally many tokens so far."""
         process, n = self._process, self.num_candidates
         num_said = plans[0].num_said
         shape = (len(plans), n, process.max_response_tokens - num_said)
@@ -215,8 +217,7 @@ class BestOfN(Agent):
         finally:
             process.scorer.restore_memory(memory)
         best = scores.reshape(-1, n).argmax(1) + n * torch.arange(len(plans), device=scores.device)
-        for plan, row in zip(plans, best.tolist(), strict=True):
-            plan.response = responses[row, : int(real[row].sum())].tolist()
+        return [responses[row, : int(real[row].sum())].tolist() for row in best.tolist()]
 
     def _engine(self, model: Any) -> Any:
         """A cache to generate in, with as many rows as the environment has."""
