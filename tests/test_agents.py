@@ -30,7 +30,8 @@ SETTINGS = {
     "q-learning": {},
 }
 NEEDS_KL = {"vargrad", "soft-q", "online-dpo"}
-COMPARES_RESPONSES = {"rloo", "remax", "grpo", "vargrad", "expert-iteration", "online-dpo"}  # equal rewards teach nothing at all
+# Equal rewards teach these nothing at all.
+COMPARES_RESPONSES = {"rloo", "remax", "grpo", "vargrad", "expert-iteration", "online-dpo"}
 
 
 def class_of(name):
