@@ -1,14 +1,15 @@
 """sb3-contrib's RecurrentPPO with an LSTM language model: what was written is remembered, not read again.
 
 A step of a rollout reads one token, from the state that the last step left; the first step of an episode reads the
-prompt. An update reads each part of an episode once, from the state that was recorded at its beginning (truncated
-backpropagation through time: that state is taken as it was, although the weights have moved since).
+prompt. Unlike a control task's observations, a text is its whole history. So an update reads each part of an episode from
+the episode's beginning, where the stock policies start from the state that was recorded in the rollout: there is no
+gradient cut short and no state of older weights (the first step after an update reads the whole text for that reason).
 
-Objective: that of Stable-Baselines3's PPO, E[score] - kl_coef * KL(pi || pi_ref) over whole responses. A minibatch that
-begins within an episode has a biased gradient: it does not reach what was read before.
+Objective: that of Stable-Baselines3's PPO, E[score] - kl_coef * KL(pi || pi_ref) over whole responses. It differs from
+that in its minibatches, which are made of stretches of episodes and not of single tokens.
 
 Source:
-    ``sb3_contrib.RecurrentPPO``; Hausknecht and Stone 2015, arXiv:1507.06527, for the recorded states.
+    ``sb3_contrib.RecurrentPPO``; Hausknecht and Stone 2015, arXiv:1507.06527.
 """
 
 from __future__ import annotations
@@ -54,6 +55,13 @@ class LMRecurrentPolicy(LMActorCriticPolicy):
         """The LSTM, whose sizes the algorithm asks for."""
         return next(module for module in self.lm.modules() if isinstance(module, nn.LSTM))
 
+    _moved = True  # whether the weights have changed since the last step of a rollout
+
+    def set_training_mode(self, mode: bool) -> None:
+        """Train or eval mode, as SB3 sets it; an update is about to come with the first."""
+        self._moved = self._moved or mode
+        super().set_training_mode(mode)
+
     # What a recurrent algorithm calls takes states too.
 
     def forward(  # type: ignore[override]
@@ -64,7 +72,8 @@ class LMRecurrentPolicy(LMActorCriticPolicy):
         Returns:
             Tokens (B,) int64, values (B, 1), log-probs (B,) and the states after what has been read.
         """
-        logits, hidden, states = self._read(obs, lstm_states.pi, episode_starts)
+        logits, hidden, states = self._read(obs, lstm_states.pi, episode_starts, from_beginning=self._moved)
+        self._moved = False
         logprobs = self.token_filter.logprobs(logits, self._mask(logits))
         actions = self._choose(logprobs, deterministic)
         return actions, self.value_head(hidden), logprobs.gather(1, actions[:, None])[:, 0], RNNStates(states, states)
@@ -73,7 +82,7 @@ class LMRecurrentPolicy(LMActorCriticPolicy):
         self, obs: dict[str, Tensor], actions: Tensor, lstm_states: RNNStates, episode_starts: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Values (n, 1), log-probs (n,) and entropies (n,) of n states with their actions."""
-        logits, hidden, _ = self._read(obs, lstm_states.pi, episode_starts)
+        logits, hidden, _ = self._read(obs, lstm_states.pi, episode_starts, from_beginning=True)
         distribution = self._distribution(logits)
         return self.value_head(hidden), distribution.log_prob(actions), distribution.entropy()
 
@@ -83,13 +92,16 @@ class LMRecurrentPolicy(LMActorCriticPolicy):
         """Values of n states, (n, 1)."""
         return self.value_head(self._read(obs, lstm_states, episode_starts)[1])
 
-    def _read(self, obs: dict[str, Tensor], states: States, starts: Tensor) -> tuple[Tensor, Tensor, States]:
-        """Reads on in some sequences of states, each of one episode, from where their first one began.
+    def _read(
+        self, obs: dict[str, Tensor], states: States, starts: Tensor, from_beginning: bool = False
+    ) -> tuple[Tensor, Tensor, States]:
+        """Reads some sequences of states, each of one episode.
 
         Args:
             obs: S sequences of T states, one behind the other, padded with empty texts. Arrays (S * T, L).
             states: Of the LSTM before the first state of each sequence: after all tokens but its last. (layers, S, width)
             starts: 1 where an episode begins, which can only be the first state of a sequence. Shape (S * T,).
+            from_beginning: Read whole texts, whatever ``states`` says.
 
         Returns:
             Logits (S * T, V), hidden states (S * T, d), and the states after the last token of each sequence.
@@ -97,6 +109,8 @@ class LMRecurrentPolicy(LMActorCriticPolicy):
         ids, lengths = sequences(obs)
         num_sequences = states[0].shape[1]
         lengths, anew = lengths.view(num_sequences, -1), starts.view(num_sequences, -1)[:, 0] > 0
+        if from_beginning:
+            anew = torch.ones_like(anew)
         rows = torch.arange(num_sequences, device=ids.device)[:, None]
         # All others are prefixes of the longest.
         whole = ids.view(num_sequences, -1, ids.shape[1])[rows[:, 0], lengths.argmax(1)]
