@@ -61,8 +61,9 @@ def find_duplicates(records: Sequence[Record], *, near: bool = True, similarity:
         ValueError: If ``similarity`` is not in (0, 1].
 
     Source:
-        Bayardo, Ma and Srikant 2007, "Scaling up all pairs similarity search"; Chaudhuri, Ganti and Kaushik 2006 for the
-        prefixes. Misses a near duplicate only where more than 1,000 rows share each of the pairs that it is looked up by.
+        Chaudhuri, Ganti and Kaushik 2006 and Bayardo, Ma and Srikant 2007 ("Scaling up all pairs similarity search") for
+        the prefixes; Xiao et al. 2008 ("Efficient similarity joins for near duplicate detection") for the places in
+        them. Misses a near duplicate only where more than 1,000 rows share each of the pairs that it is looked up by.
     """
     if not 0 < similarity <= 1:
         raise ValueError(f"similarity must be above 0 and at most 1, got {similarity:g}")
@@ -105,23 +106,46 @@ def _near(records: Sequence[Record], index: Sequence[int], similarity: float) ->
     ]
     fields = [_pairs([texts[k] for texts in tokens], len(vocabulary)) for k in range(len(tokens[0]))]
     # Any text will do for the search; the one with the rarest words compares the fewest rows.
-    lookups = [[pairs[: _prefix(len(pairs), similarity)] for pairs in field] for field in fields]
-    prefixes = min(lookups, key=_work)
+    searched = min(fields, key=lambda field: _work(field, similarity))
 
     found: list[Duplicate] = []
-    rows_with: dict[int, list[int]] = defaultdict(list)
-    for i, prefix in enumerate(prefixes):
-        candidates = {j for pair in prefix.tolist() for j in rows_with[pair] if same[j] == same[i]}
-        for j in sorted(candidates):
-            score = min(_jaccard(field[i], field[j], similarity) for field in fields)
+    rows_with: dict[int, list[tuple[int, int]]] = defaultdict(list)  # pair -> (row, its place there)
+    for i, pairs in enumerate(searched):
+        prefix = pairs[: _prefix(len(pairs), similarity)].tolist()
+        for j in _candidates(prefix, len(pairs), rows_with, searched, similarity):
+            score = min(_jaccard(field[i], field[j], similarity) for field in fields) if same[i] == same[j] else 0.0
             if score >= similarity:
                 found.append(Duplicate(index[i], index[j], score, "near"))
                 break
         else:
-            for pair in prefix.tolist():
+            for place, pair in enumerate(prefix):
                 if len(rows_with[pair]) < MAX_ROWS_PER_PAIR:
-                    rows_with[pair].append(i)
+                    rows_with[pair].append((i, place))
     return found
+
+
+def _candidates(
+    prefix: Sequence[int],
+    length: int,
+    rows_with: dict[int, list[tuple[int, int]]],
+    searched: Sequence[np.ndarray],
+    similarity: float,
+) -> list[int]:
+    """The rows that share one of the first pairs and may be as similar, by position.
+
+    Before the first pair that two rows share they share nothing, so they have at most what follows in common.
+    """
+    seen: set[int] = set()
+    found = []
+    for place, pair in enumerate(prefix):
+        for j, there in rows_with[pair]:
+            if j in seen:
+                continue
+            seen.add(j)
+            other = len(searched[j])
+            if min(length - place, other - there) >= similarity / (1 + similarity) * (length + other) - 1e-9:
+                found.append(j)
+    return sorted(found)
 
 
 def _pairs(texts: Sequence[Sequence[int]], num_words: int) -> list[np.ndarray]:
@@ -144,9 +168,11 @@ def _prefix(length: int, similarity: float) -> int:
     return length - math.ceil(similarity * length - 1e-9) + 1
 
 
-def _work(prefixes: Sequence[np.ndarray]) -> int:
-    """Comparisons that a search by these prefixes makes, roughly."""
-    counts = np.unique(np.concatenate(prefixes), return_counts=True)[1]
+def _work(field: Sequence[np.ndarray], similarity: float) -> int:
+    """Comparisons that a search by this text makes, roughly."""
+    # Of two texts equally long, one whose first shared pair comes later than this is never a candidate.
+    least = 2 * similarity / (1 + similarity)
+    counts = np.unique(np.concatenate([p[: _prefix(len(p), least)] for p in field]), return_counts=True)[1]
     return int((counts.astype(np.int64) ** 2).sum())
 
 
