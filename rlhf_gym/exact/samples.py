@@ -105,7 +105,7 @@ def score_classes(
     node: np.ndarray = np.array([root])
     so_far: np.ndarray = np.zeros(1)
     prob: np.ndarray = np.ones(1)
-    others: dict[str, np.ndarray] = {name: np.zeros(1) for name in names}  # sums so far, times the probability
+    others: dict[str, Any] = {name: np.zeros(1) for name in names}  # sums so far, times the probability
     scores, probs = [], []
     ended: dict[str, list[np.ndarray]] = {name: [] for name in names}
     for layer in graph.layers:
