@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from gymnasium.vector import VectorEnv
+from gymnasium.vector import AsyncVectorEnv, SyncVectorEnv, VectorEnv
 from torch import Tensor
 
 from rlhf_gym.lm import Engine, generate, join_responses, make_engine, response_logits
@@ -63,11 +63,17 @@ class Collector:
                 f"group_size must divide the environment's {envs.num_envs} rows, got {group_size}; all responses to a "
                 "prompt stand in rows of one batch"
             )
-        if (group_size > 1 or with_baselines) and num_rounds > 1 and not self.by_whole_responses:
-            raise ValueError(
-                f"num_rounds must be 1 for several responses to a prompt in an environment that is stepped, got "
-                f"{num_rounds}; use more rows, or the native environment without wrappers"
-            )
+        if (group_size > 1 or with_baselines) and not self.by_whole_responses:
+            if num_rounds > 1:
+                raise ValueError(
+                    f"num_rounds must be 1 for several responses to a prompt in an environment that is stepped, got "
+                    f"{num_rounds}; use more rows, or the native environment without wrappers"
+                )
+            if isinstance(envs.unwrapped, (SyncVectorEnv, AsyncVectorEnv)):
+                raise ValueError(
+                    f"envs must take a prompt for each row, and Gymnasium's {type(envs.unwrapped).__name__} resets all of "
+                    "its rows with the same options; use gym.make_vec without vectorization_mode"
+                )
         self.width = space["input_ids"].shape[0]
         self.max_response_tokens = getattr(envs.unwrapped, "max_response_tokens", self.width)
         self._engine: Engine | None = None

@@ -185,3 +185,18 @@ def test_a_kl_penalty_is_needed(name):
         rollout = agent.collector.collect(seed=0)
         rollout.batch = replace(rollout.batch, ref_logprobs=None)
         agent.update(rollout)
+
+
+@pytest.mark.parametrize("name", [name for name in SETTINGS if name != "q-learning"])  # its step sizes are counts
+def test_learning_rate_zero_changes_nothing(name):
+    """Statement 20: weights stay as they are, metrics of the change stay 0, and the reference never moves."""
+    envs = envs_for(name)
+    agent, metrics = make(name, envs, learning_rate=0.0), []
+    before, reference = everything(agent), {k: x.clone() for k, x in envs.language_model.model.state_dict().items()}
+    agent.learn(10_000, callback=lambda _, m: metrics.append(m) or len(metrics) < 4)
+    assert_same(everything(agent), before)
+    assert_same(envs.language_model.model.state_dict(), reference)
+    assert len(metrics) == 4
+    if name != "nlpo":  # its mask has a KL of its own
+        assert all(abs(m["objective/kl"]) < 1e-4 for m in metrics)
+    assert all(abs(m.get("train/approx_kl", 0.0)) < 1e-8 for m in metrics)
