@@ -7,17 +7,18 @@
     after the last token 0, r the score without any KL.
     3. Targets, fixed for this rollout: G_t = Q(s_t, a_t) + sum_k lambda^k d_{t+k}. lambda 0 is r_t + V(s_{t+1}), the
     soft Bellman equation; 1 is r_t plus all later rewards minus their KL.
-    4. num_epochs passes over minibatches with the loss (Q - G)^2 / 2 per token. The next rollout's targets come from
-    the new weights: the sampling policy is the lagging copy.
+    4. num_epochs passes over minibatches with the loss (Q - G)^2 / (2 beta) per token. The next rollout's targets come
+    from the new weights: the sampling policy is the lagging copy. V's gradient is multiplied by beta * vf_coef, which
+    moves no fixed point: as it stands it would be 1 / beta times the policy's, and drown that in a shared trunk.
 
 Objective: E[score] - kl_coef * KL(pi || pi_ref) over whole responses. Writing a token leads to one state only, so at
 the optimum all d_t are 0 on every path, not just in the mean: the fixed point is pi* and V* for any lambda and for
 any policy that may have sampled, and no noise is left there. kl_coef must be > 0. No exploration is added: pi
 samples.
 
-Relation to policy gradients: before the first step, the loss's gradient on the policy is beta times that of an
-actor-critic with the KL in the reward and GAE (Schulman et al. 2017). Afterwards an actor-critic, PPO too,
-pushes on while its advantages stay what they were; a squared error stops at its target.
+Relation to policy gradients: before the first step, the loss's gradient is that of an actor-critic with the KL in the
+reward and GAE (Schulman et al. 2017). Afterwards an actor-critic, PPO too, pushes on while its advantages stay what
+they were; a squared error stops at its target.
 
 Source:
     Nachum et al. 2017 (path consistency learning), with V and pi parts of one Q-function as in their unified PCL; Guo
@@ -51,6 +52,7 @@ class SoftQConfig(AgentConfig):
     Attributes:
         num_epochs, num_minibatches: Passes over each rollout, and optimiser steps per pass.
         value_learning_rate: Of the value head. None: ten times ``learning_rate``, but not above .05 (nor below it).
+        vf_coef: Weight of the value head's gradient: it is vf_coef * (Q - G) per token, the policy's (Q - G).
         td_lambda: 0 trusts the next state's value, 1 the outcome.
         critic: "shared" (value head on the policy's trunk) or "separate" (a trunk of its own).
     """
@@ -58,6 +60,7 @@ class SoftQConfig(AgentConfig):
     num_epochs: int = 4
     num_minibatches: int = 4
     value_learning_rate: float | None = None
+    vf_coef: float = 0.5
     td_lambda: float = 0.95
     critic: str = "shared"
 
@@ -66,7 +69,7 @@ class SoftQConfig(AgentConfig):
         if self.value_learning_rate is None:
             rate = max(self.learning_rate, min(10 * self.learning_rate, 0.05))
             object.__setattr__(self, "value_learning_rate", rate)
-        check_fields(self, {"value_learning_rate": NOT_NEGATIVE, "td_lambda": SHARE})
+        check_fields(self, {"value_learning_rate vf_coef": NOT_NEGATIVE, "td_lambda": SHARE})
 
 
 class SoftQ(Agent):
@@ -102,10 +105,12 @@ class SoftQ(Agent):
 
     def loss(self, batch: Batch, normaliser: Tensor) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """The loss of some rows with its parts, and numbers for the log."""
-        mask = batch.response_mask
+        kl_coef, mask = positive_kl_coef(self, batch), batch.response_mask
         logprobs, values, _ = self.policy(batch)
+        # The same number with another gradient.
+        values = values.detach() + kl_coef * self.config.vf_coef * (values - values.detach())
         errors = self._q_values(batch, logprobs, values) - batch.returns
-        parts = {"loss": aggregate_loss(0.5 * errors.square(), mask, normaliser=normaliser)}
+        parts = {"loss": aggregate_loss(errors.square() / (2 * kl_coef), mask, normaliser=normaliser)}
         return parts, {"approx_kl": approx_kl(logprobs.detach(), batch.logprobs, mask)}
 
     def _q_values(self, batch: Batch, logprobs: Tensor, values: Tensor) -> Tensor:

@@ -102,7 +102,7 @@ def test_fixed_point_is_the_optimum_on_every_path(name, td_lambda):
 
 
 def test_first_gradient_is_that_of_the_objective():
-    """With lambda 1 and any V, in expectation over responses of the policy: kl_coef times the policy gradient."""
+    """With lambda 1 and any V, in expectation over responses of the policy, and of V that of vf_coef (V - G)^2 / 2."""
     agent, task = SoftQ(envs(), policy="tabular", td_lambda=1.0), listed("WoAiNi", 4)
     randomise(agent)
     residual = agent.policy.model.lm_head.residual
@@ -120,7 +120,12 @@ def test_first_gradient_is_that_of_the_objective():
         (probability[row].item() * loss).backward()
     found = residual.grad[: len(exact)].double()
     assert exact.abs().max() > 0.1
-    assert (found + BETA * exact).abs().max() < 1e-6
+    assert (found + exact).abs().max() < 1e-5
+    to_go = (task.payoffs - BETA * (logprobs - ref_logprobs)).detach().flip(1).cumsum(1).flip(1)
+    errors = torch.where(task.mask, batch.values - to_go, 0.0)
+    expected = torch.zeros(len(exact), dtype=torch.float64)
+    expected.index_add_(0, task.states.flatten(), (probability.detach()[:, None] * 0.5 * errors).flatten())
+    assert (agent.policy.value_head.weight.grad[0, : len(exact)] - expected).abs().max() < 1e-5
 
 
 @pytest.mark.parametrize("td_lambda", [0.0, 1.0])
