@@ -4,15 +4,16 @@
     2. The environment scores them: r_t = -kl_coef * (log pi - log pi_ref), plus the score on the last token.
     3. Advantage of a token: A_t = G_t - b_t, where G_t = r_t + r_{t+1} + ... is what came after it (Williams 1992; Sutton
     et al. 2000, theorem 1) and b_t a baseline that knows nothing of the token.
-    4. One pass over the batch in num_minibatches steps along (1 / B) sum_i sum_t A_t ratio_t grad(log pi(a_t | s_t)). The
-    ratio pi / pi_old is 1 in the first step; later ones see a policy that has moved, and without it a baseline would no
-    longer have the expectation 0. It is not clipped: for more than one pass take PPO or RLOO.
+    4. One pass over the batch in num_minibatches steps along 1 / (B R) sum_i sum_t A_t ratio_t grad(log pi(a_t | s_t)),
+    R being the longest length that there can be. The ratio pi / pi_old is 1 in the first step; later ones see a policy
+    that has moved, and without it a baseline would no longer have the expectation 0. It is not clipped: for more than
+    one pass take PPO or RLOO.
 
 Baselines: "learned", a value head V(s_t) (Williams' adaptive baseline; Sutton et al. 2000); "mean", the mean of G_t over
 the other responses of the batch that have a token t; "ema", a running mean of all G_t of earlier rollouts; "none".
 
 Objective: it maximises E[score] - kl_coef * KL(pi || pi_ref) over whole responses, without bias and with any of the
-baselines. Advantages are not divided by anything: Adam takes care of their scale. What differs is the noise. At the
+baselines: advantages are divided by no spread, and responses by no length of theirs. Adam takes care of the scale. What differs is the noise. At the
 optimum G_t is V(s_t) on every path, so with a learned baseline the noise goes as the policy gets there; the others are
 constants, beside which G_t still varies from state to state, and only the learning rate, falling to 0, ends the noise.
 
@@ -105,7 +106,7 @@ class REINFORCE(Agent):
         mask = batch.response_mask
         returns = reward_to_go(batch.rewards, mask)
         batch = replace(batch, advantages=returns - self._baselines(batch, returns), returns=returns)
-        found = optimise(self, batch, self.loss, mode="sequence_sum")
+        found = optimise(self, batch, self.loss, mode="constant")
         if self.config.baseline == "learned":
             found["explained_variance"] = explained_variance(batch.values, returns, mask).item()
         return train_metrics(found, mismatch)
@@ -115,11 +116,11 @@ class REINFORCE(Agent):
         mask = batch.response_mask
         logprobs, values, entropy = self.policy(batch)
         per_token, stats = policy_loss_clipped(logprobs, batch.logprobs, batch.advantages, mask, clip_range=None)
-        loss = aggregate_loss(per_token, mask, "sequence_sum", normaliser=normaliser)
+        loss = aggregate_loss(per_token, mask, "constant", normaliser=normaliser)
         parts = {"policy_loss": loss}
         if self.config.baseline == "learned":
             errors, _ = value_loss_clipped(values, batch.values, batch.returns, mask)
-            parts["value_loss"] = aggregate_loss(errors, mask, "sequence_sum", normaliser=normaliser)
+            parts["value_loss"] = aggregate_loss(errors, mask, "constant", normaliser=normaliser)
             loss = loss + self.config.vf_coef * parts["value_loss"]
         stats = {"approx_kl": stats["approx_kl"], "ratio": stats["ratio"], "entropy_loss": -masked_mean(entropy, mask)}
         return parts | {"loss": loss}, stats

@@ -3,10 +3,10 @@
     1. Sample a response to each prompt, and generate the likeliest one (greedily, token by token) as well.
     2. The environment scores both: S = score - kl_coef * sum_t (log pi - log pi_ref), the KL in the reward.
     3. Advantage of a whole response: A = S - S of the likeliest one (Li et al. 2023, algorithm 1).
-    4. One pass over the batch in num_minibatches steps along mean_i A_i ratio_i grad(log pi(y_i)), where ratio_i =
-    pi(y_i) / pi_old(y_i) is that of the whole response. It is 1 in the first step; later ones see a policy that has
-    moved, and without the ratio the baseline would no longer have the expectation 0. It is not clipped: for more than
-    one pass take RLOO.
+    4. One pass over the batch in num_minibatches steps along mean_i A_i ratio_i grad(log pi(y_i)) / R, where ratio_i =
+    pi(y_i) / pi_old(y_i) is that of the whole response and R the longest length that there can be. The ratio is 1 in the
+    first step; later ones see a policy that has moved, and without it the baseline would no longer have the expectation
+    0. It is not clipped: for more than one pass take RLOO.
 
 Objective: it maximises E[score] - kl_coef * KL(pi || pi_ref) over whole responses, without bias: the likeliest response
 depends on the prompt and the policy only. At the optimum every response has the same S, the likeliest one too, so all
@@ -14,8 +14,8 @@ advantages are 0 and the noise is gone. On the way there the likeliest response 
 mean, and the noise is larger than RLOO's: the same number of episodes gets less far (docs/agents.md has figures).
 
 How it differs from Li et al. 2023: their code pays each token its own KL alone, which is short-sighted ("per token" in
-docs/exact.md), and leaves the KL out of the baseline, so that advantages do not go to 0; the loss is the mean over
-responses of sums over tokens, not the mean over tokens; nothing is clipped or whitened.
+docs/exact.md), and leaves the KL out of the baseline, so that advantages do not go to 0; the loss is
+divided by the longest length that there can be, not by the number of tokens; nothing is clipped or whitened.
 
 Timesteps count the tokens of the likeliest responses too. Equal prompts share one; an environment that has to be stepped
 generates one for each row, and half of the budget goes there.
@@ -74,7 +74,7 @@ class ReMax(Agent):
         mask = batch.response_mask
         returns = torch.where(mask, batch.rewards, 0.0).sum(1)
         batch = replace(batch, advantages=(returns - rollout.baselines)[:, None].expand_as(mask))
-        found = optimise(self, batch, self.loss, mode="sequence_sum")
+        found = optimise(self, batch, self.loss, mode="constant")
         return train_metrics(found | {"baseline": rollout.baselines.mean().item()}, mismatch)
 
     def loss(self, batch: Batch, normaliser: Tensor) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
@@ -87,6 +87,6 @@ class ReMax(Agent):
         per_response, stats = policy_loss_clipped(
             logprob, old_logprob, batch.advantages[:, :1], mask[:, :1], clip_range=None
         )
-        loss = aggregate_loss(per_response, mask[:, :1], "sequence_sum", normaliser=normaliser)
+        loss = aggregate_loss(per_response, mask[:, :1], "constant", normaliser=normaliser)
         stats = {"approx_kl": stats["approx_kl"], "ratio": stats["ratio"], "entropy_loss": -masked_mean(entropy, mask)}
         return {"policy_loss": loss, "loss": loss}, stats

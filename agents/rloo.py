@@ -4,9 +4,10 @@
     2. The environment scores them: S = score - kl_coef * sum_t (log pi - log pi_ref), the KL in the reward.
     3. Advantage of a whole response: A_i = S_i - mean of the other S_j (Kool et al. 2019; Ahmadian et al. 2024, section
     on RLOO). The others are all responses to that prompt in the rollout: several groups may have drawn it.
-    4. One pass over the batch in num_minibatches steps of the loss -mean_i min(A_i ratio_i, A_i clip(ratio_i)), with
-    ratio_i = pi(y_i) / pi_old(y_i) of the whole response, which is one action. In the first step the ratio is 1, and
-    the gradient is that of -mean_i A_i log pi(y_i).
+    4. One pass over the batch in num_minibatches steps of the loss -mean_i min(A_i ratio_i, A_i clip(ratio_i)) / R, with
+    ratio_i = pi(y_i) / pi_old(y_i) of the whole response, which is one action, and R the longest length that there can
+    be (it keeps gradients within max_grad_norm). In the first step the ratio is 1, and the gradient is that of -mean_i
+    A_i log pi(y_i) / R.
 
 Objective: it maximises E[score] - kl_coef * KL(pi || pi_ref) over whole responses, without bias: the other responses say
 nothing of y_i, so what they subtract has the expectation 0, and nothing is divided by a spread. At the optimum every
@@ -73,7 +74,7 @@ class RLOO(Agent):
         returns = torch.where(mask, batch.rewards, 0.0).sum(1)
         advantages = leave_one_out(returns, prompt_numbers(batch.ids, batch.prompt_lengths))
         batch = replace(batch, advantages=advantages[:, None].expand_as(mask))
-        return train_metrics(optimise(self, batch, self.loss, mode="sequence_sum"), mismatch)
+        return train_metrics(optimise(self, batch, self.loss, mode="constant"), mismatch)
 
     def loss(self, batch: Batch, normaliser: Tensor) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """The loss of some rows with its parts, and numbers for the log."""
@@ -85,7 +86,7 @@ class RLOO(Agent):
         per_response, stats = policy_loss_clipped(
             logprob, old_logprob, batch.advantages[:, :1], mask[:, :1], clip_range=self.config.clip_range
         )
-        loss = aggregate_loss(per_response, mask[:, :1], "sequence_sum", normaliser=normaliser)
+        loss = aggregate_loss(per_response, mask[:, :1], "constant", normaliser=normaliser)
         return {"policy_loss": loss, "loss": loss}, stats | {"entropy_loss": -masked_mean(entropy, mask)}
 
 

@@ -226,7 +226,7 @@ def advantages_by_hand(kind, batch, baselines):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_an_update_by_hand(kind):
-    """-1/B sum_i sum_t A_t grad log pi, row by row through the plain model; the value loss aside."""
+    """-1/(B R) sum_i sum_t A_t grad log pi, row by row through the plain model; the value loss aside."""
     agent, rollout = sampled(kind, **({"vf_coef": 0.0} if kind in ("learned", "separate") else {}))
     batch = rollout.batch
     advantages = advantages_by_hand(kind, batch, rollout.baselines)
@@ -236,9 +236,9 @@ def test_an_update_by_hand(kind):
         n, p = len(row), int(batch.prompt_lengths[i])
         logits = agent.policy.model(batch.ids[i : i + 1, : p + n]).logits[0, p - 1 : -1]
         chosen = logits.log_softmax(-1).gather(1, batch.response_ids[i, :n, None])[:, 0]
-        loss = loss - (torch.tensor(row) * chosen).sum() / len(batch)
+        loss = loss - (torch.tensor(row) * chosen).sum() / batch.rewards.numel()
     expected = torch.cat([g.flatten() for g in torch.autograd.grad(loss, list(agent.policy.model.parameters()))])
-    assert expected.norm() > 0.1 and (found - expected).norm() < 1e-4 * expected.norm()
+    assert expected.norm() > 0.02 and (found - expected).norm() < 1e-4 * expected.norm()
     assert abs(metrics["train/approx_kl"]) < 1e-8 and metrics["train/ratio"] == pytest.approx(1, abs=1e-5)
     assert metrics["train/n_updates"] == 1
 
@@ -252,7 +252,7 @@ def test_value_loss_by_hand():
     returns = [[sum(row[t : int(n)]) for t in range(int(n))] for row, n in zip(batch.rewards.tolist(), batch.response_mask.sum(1), strict=True)]  # fmt: skip
     expected = sum((v - g) ** 2 / 2 for values, row in zip(batch.values.tolist(), returns, strict=True) for v, g in zip(values, row))  # fmt: skip  # noqa: B905
     (found,) = parts
-    assert found["value_loss"].item() == pytest.approx(expected / len(batch), rel=1e-4)
+    assert found["value_loss"].item() == pytest.approx(expected / batch.rewards.numel(), rel=1e-4)
     assert found["loss"].item() == pytest.approx((found["policy_loss"] + 0.7 * found["value_loss"]).item(), rel=1e-5)
 
 
@@ -338,8 +338,8 @@ def test_learns_the_optimum_of_a_small_task(kind):
     cls, settings = KINDS[kind]
     envs = gym.make_vec("rlhf_gym/WoAiNi-v0", num_envs=64, kl_coef=BETA)
     agent = cls(envs, policy="tabular", seed=0, learning_rate=0.1, **settings)
-    agent.learn(12_000)
-    assert rlhf_gym.exact.evaluate(agent, envs).normalised > 0.97
+    agent.learn(8_000)
+    assert rlhf_gym.exact.evaluate(agent, envs).normalised > 0.98
 
 
 @pytest.mark.parametrize("kind", ["ema", "separate", "mean"])
