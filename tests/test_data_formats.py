@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import json
+import re
+from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
@@ -348,3 +350,16 @@ def test_demonstrations_and_labels():
     for record in (PromptOnly("p"), Rating("p", "x", 1.0), Labelled("p", "x", 1)):
         with pytest.raises(TypeError, match="must be demonstrations, preferences or good/bad labels"):
             as_demonstrations([record])
+
+
+def test_the_rows_of_the_documentation():
+    """Each row that docs/data.md shows has the format and the record that it says."""
+    page = (Path(__file__).parents[1] / "docs" / "data.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| ([a-z -]+?)(?: \(not TRL's\))? \| `(\{.*\})` \| `(\w+)`", page, re.MULTILINE)
+    assert len(rows) == 9
+    for name, text, kind in rows:
+        data = read_dataset([json.loads(text)])
+        assert (data.format.name, type(data.records[0]).__name__) == (name, kind)
+    block = page.split("```json\n")[1].split("```")[0]
+    data = read_dataset([json.loads(line) for line in block.splitlines()])
+    assert str(data.format) == "preference (conversational)" and len(data.records) == 2
