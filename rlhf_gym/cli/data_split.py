@@ -55,7 +55,7 @@ def run(options: DataSplit) -> int:
         [
             (
                 f"{name}.jsonl",
-                f"{len(lines[name]):,} rows ({len(lines[name]) / total:.1%}), {len(prompts[name]):,} prompts",
+                f"rows {len(lines[name]):,} ({len(lines[name]) / total:.1%}), prompts {len(prompts[name]):,}",
             )
             for name in fractions
         ],
