@@ -20,7 +20,7 @@ class HiddenStateObservation(gym.ObservationWrapper, gym.utils.RecordConstructor
     environment runs the reference anyway.
 
     The vector holds what the reference remembers, and no more. A transformer's tells much of the whole text; that of a
-    table (`rlhf_gym.exact.ngram_from_table`) is its state, one-hot: the last word or two. Where the reward needs more
+    table (`rlhf_gym.exact.ngram_from_table`) is its state: the last word or two, one-hot. Where the reward needs more
     than that, such an observation is not the whole state, and the best policy on it may be worse than the best one.
 
     Args:
