@@ -14,8 +14,8 @@ advantages are 0 and the noise is gone. On the way there the likeliest response 
 mean, and the noise is larger than RLOO's: the same number of episodes gets less far (docs/agents.md has figures).
 
 How it differs from Li et al. 2023: their code pays each token its own KL alone, which is short-sighted ("per token" in
-docs/exact.md), and leaves the KL out of the baseline, so that advantages do not go to 0; the loss is
-divided by the longest length that there can be, not by the number of tokens; nothing is clipped or whitened.
+docs/exact.md), and leaves the KL out of the baseline, so that advantages do not go to 0; the loss is divided by the
+longest length that there can be, not by the number of tokens; scores are not clipped; several steps per rollout.
 
 Timesteps count the tokens of the likeliest responses too. Equal prompts share one; an environment that has to be stepped
 generates one for each row, and half of the budget goes there.
