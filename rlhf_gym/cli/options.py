@@ -52,7 +52,8 @@ class Train(TaskOptions):
     """Train a language model on a reward; writes a run directory."""
 
     agent: str = "ppo"
-    """Algorithm: ppo, trpo, a2c, sb3-ppo."""
+    """Algorithm: ppo, reinforce, rloo, remax, grpo, nlpo, vargrad, soft-q, online-dpo, expert-iteration, best-of-n, q-learning; of
+    Stable-Baselines3 trpo, sb3-ppo, a2c, dqn, qrdqn, maskable-ppo, recurrent-ppo."""
     kl_coef: float = 0.05
     """Weight of the KL penalty per nat; 0 is none."""
     total_timesteps: int = 100_000
