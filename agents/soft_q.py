@@ -7,14 +7,14 @@
     after the last token 0, r the score without any KL.
     3. Targets, fixed for this rollout: G_t = Q(s_t, a_t) + sum_k lambda^k d_{t+k}. lambda 0 is r_t + V(s_{t+1}), the
     soft Bellman equation; 1 is r_t plus all later rewards minus their KL.
-    4. num_epochs passes over minibatches with the loss (Q - G)^2 / (2 beta) per token. The next rollout's targets come
-    from the new weights: the sampling policy is the lagging copy. V's gradient is multiplied by beta * vf_coef, which
-    moves no fixed point: as it stands it would be 1 / beta times the policy's, and drown that in a shared trunk.
+    4. num_epochs passes over minibatches with the loss (Q - G)^2 / (2 beta), summed over a response. The next
+    rollout's targets come from the new weights: the sampling policy is the lagging copy. V's gradient is multiplied
+    by beta * vf_coef, which moves no fixed point: as it stands it would be 1 / beta times the policy's, and drown that
+    in a shared trunk.
 
 Objective: E[score] - kl_coef * KL(pi || pi_ref) over whole responses. Writing a token leads to one state only, so at
 the optimum all d_t are 0 on every path, not just in the mean: the fixed point is pi* and V* for any lambda and for
-any policy that may have sampled, and no noise is left there. kl_coef must be > 0. No exploration is added: pi
-samples.
+any policy that may have sampled, and no noise is left there. kl_coef must be > 0. No exploration is added.
 
 Relation to policy gradients: before the first step, the loss's gradient is that of an actor-critic with the KL in the
 reward and GAE (Schulman et al. 2017). Afterwards an actor-critic, PPO too, pushes on while its advantages stay what
@@ -90,7 +90,7 @@ class SoftQ(Agent):
         """One rollout's worth of learning; returns the ``train/`` metrics."""
         batch, mismatch = training_logprobs(self, rollout.batch)
         batch = replace(batch, returns=self.targets(batch))
-        found = optimise(self, batch, self.loss)
+        found = optimise(self, batch, self.loss, mode="sequence_sum")
         q_values, mask = self._q_values(batch, batch.logprobs, batch.values), batch.response_mask
         found["td_error"] = masked_mean((batch.returns - q_values).abs(), mask).item()
         found["explained_variance"] = explained_variance(q_values, batch.returns, mask).item()
@@ -110,7 +110,7 @@ class SoftQ(Agent):
         # The same number with another gradient.
         values = values.detach() + kl_coef * self.config.vf_coef * (values - values.detach())
         errors = self._q_values(batch, logprobs, values) - batch.returns
-        parts = {"loss": aggregate_loss(errors.square() / (2 * kl_coef), mask, normaliser=normaliser)}
+        parts = {"loss": aggregate_loss(errors.square() / (2 * kl_coef), mask, "sequence_sum", normaliser=normaliser)}
         return parts, {"approx_kl": approx_kl(logprobs.detach(), batch.logprobs, mask)}
 
     def _q_values(self, batch: Batch, logprobs: Tensor, values: Tensor) -> Tensor:
