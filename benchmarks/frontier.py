@@ -80,14 +80,17 @@ def popular_bound(n: np.ndarray) -> np.ndarray:
 
 
 def longest_runs(cells: Sequence[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
-    """Cells by agent and policy ("PPO, tabular"), of each task only those with the most episodes."""
-    most: dict[tuple[str, str, str], int] = {}
+    """Cells by agent and policy ("PPO, tabular"), of each task and coefficient only those with the most episodes."""
+
+    def key(cell: dict[str, Any]) -> tuple[Any, ...]:
+        return cell["agent"], cell["policy"], cell["task"], cell["kl_coef"]
+
+    most: dict[tuple[Any, ...], int] = {}
     for cell in cells:
-        key = cell["agent"], cell["policy"], cell["task"]
-        most[key] = max(most.get(key, 0), cell["episodes"])
+        most[key(cell)] = max(most.get(key(cell), 0), cell["episodes"])
     runs: dict[str, list[dict[str, Any]]] = {}
     for cell in cells:
-        if cell["episodes"] == most[cell["agent"], cell["policy"], cell["task"]]:
+        if cell["episodes"] == most[key(cell)]:
             runs.setdefault(f"{cell['agent'].upper()}, {cell['policy']}", []).append(cell)
     return runs
 

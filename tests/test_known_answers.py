@@ -148,6 +148,21 @@ def test_committed_cells():
             assert each["optimum"] == pytest.approx(0.1 * math.log(0.76 + 0.24 * math.exp(10)), abs=1e-6)
 
 
+@pytest.mark.parametrize(
+    ("agent", "policy", "at_least"), [("ppo", "tabular", 0.99), ("trpo", "tabular", 0.97), ("ppo", "transformer", 0.95)]
+)
+def test_committed_agents_reach_the_optimum(agent, policy, at_least):
+    """Means of five seeds on all six tasks, Difficulty prompt by prompt; the longest run where there are several."""
+    cells = pictures.longest_runs(read_cells(COMMITTED))[f"{agent.upper()}, {policy}"]
+    for task, coefficients in known_answers.TASKS.items():
+        for kl_coef in coefficients:
+            found = [c for c in cells if (c["task"], c["kl_coef"]) == (task, kl_coef)]
+            assert sorted(c["seed"] for c in found) == [0, 1, 2, 3, 4]
+            assert sum(c["normalised"] for c in found) / 5 >= at_least
+            for prompt in found[0]["normalised_by_prompt"] or ():
+                assert sum(c["normalised_by_prompt"][prompt] for c in found) / 5 >= at_least
+
+
 # ---- the pictures
 
 
@@ -187,8 +202,13 @@ def test_gold_rises_to_its_peak_and_falls():
 
 def test_only_the_longest_runs_are_drawn():
     cells = [cell(episodes=10), cell(episodes=20, seed=1), cell(task="Recall", episodes=10), cell(agent="trpo")]
+    cells.append(cell(episodes=10, kl_coef=0.3))  # no other is longer at this coefficient
     runs = pictures.longest_runs(cells)
-    assert [(c["task"], c["episodes"]) for c in runs["PPO, tabular"]] == [("WoAiNi", 20), ("Recall", 10)]
+    assert [(c["task"], c["episodes"]) for c in runs["PPO, tabular"]] == [
+        ("WoAiNi", 20),
+        ("Recall", 10),
+        ("WoAiNi", 10),
+    ]
     assert len(runs["TRPO, tabular"]) == 1
 
 

@@ -30,7 +30,8 @@ class Evaluation:
 
     Attributes:
         objective: J = reward - kl_coef * kl. `objectives` per prompt.
-        reward: Mean score. `rewards` per prompt.
+        reward: Mean score; where it is sampled, J + kl_coef * KL, which may be above what is possible by its noise.
+            `rewards` per prompt.
         kl: KL to the reference in nats per response. `kls` per prompt.
         regret: J* - J, >= 0. `regrets` per prompt.
         normalised: (J - J_ref) / (J* - J_ref): 1 is optimal, 0 the reference, below 0 worse than not training.
