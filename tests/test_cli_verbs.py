@@ -212,7 +212,12 @@ def test_ctrl_c_before_training(place, capsys, monkeypatch):
         os.kill(os.getpid(), signal.SIGINT)
 
     monkeypatch.setattr("rlhf_gym.cli.train.evaluate", interrupt)
-    assert train("length") == 130
+    # A process that was started in the background ignores Ctrl-C from birth, and Python leaves it at that.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        assert train("length") == 130
+    finally:
+        signal.signal(signal.SIGINT, before)
     assert one_line(capsys) == "rlhf-gym: interrupted"
 
 
