@@ -14,6 +14,7 @@ from worlds import V, make_env, make_envs, model
 
 from rlhf_gym.agents import DQN, QRDQN
 from rlhf_gym.agents.sb3 import LMQPolicy, ValueAgent
+from rlhf_gym.agents.sb3.q_policy import GreedyLM
 from rlhf_gym.exact import Automaton, evaluate, ngram_from_table
 
 FIRST = {"我": 0.5, "爱": 0.5 / 3, "你": 0.5 / 3, "。": 0.5 / 3}  # pi_ref of WoAiNi's first word
@@ -60,7 +61,7 @@ def test_values_are_linear_in_the_hidden_state_and_start_at_zero(n_quantiles):
         torch.testing.assert_close(found, expected[0] if n_quantiles is None else expected, atol=1e-4, rtol=1e-4)
         best = [2, 5, 6, 7][int(expected.mean(0).argmax())]
         assert policy(obs)[row] == best
-        greedy = policy.network.greedy_model()(ids[None, : mask.sum()]).logits[0, -1]
+        greedy = GreedyLM(policy.network)(ids[None, : mask.sum()]).logits[0, -1]
         assert [2, 5, 6, 7][int(greedy[[2, 5, 6, 7]].argmax())] == best
 
 
@@ -186,6 +187,20 @@ def test_what_it_predicts_is_greedy_and_its_model_the_same(tmp_path):
         with torch.no_grad():
             logits = lm(torch.as_tensor(obs["input_ids"])).logits[range(4), lengths - 1]
         assert logits.softmax(-1).max(-1).values.min() > 0.999 and logits.argmax(-1).tolist() == actions.tolist()
+
+
+@pytest.mark.parametrize("policy", ["tabular", "transformer"])
+def test_of_equal_values_the_first_is_chosen_and_evaluated(policy):
+    """All values are 0 at the start. The first word that may come in WoAiNi is chosen for certain."""
+    envs = woaini(4)
+    agent = DQN(envs, policy=policy)
+    obs, _ = envs.reset(seed=0)
+    first = np.flatnonzero(envs.action_masks()[0])[0]
+    assert agent.predict(obs)[0].tolist() == [first] * 4
+    found = evaluate(agent, envs)
+    assert found.exact and max(map(np.max, found.occupancy)) == 1
+    assert found.kl > 1 and all(np.isin(layer, (0, 1)).all() for layer in found.occupancy)
+    assert all(bool(p.isfinite().all()) for p in agent.policy_model.parameters())
 
 
 @pytest.mark.parametrize("cls", [DQN, QRDQN])

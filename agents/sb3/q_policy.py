@@ -11,13 +11,14 @@ from stable_baselines3.common.policies import BasePolicy
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from rlhf_gym.exact.table import TableForCausalLM
+from rlhf_gym.exact.table import TableForCausalLM, encode_states
 from rlhf_gym.lm import LanguageModel, TokenFilter
 from rlhf_gym.lm.forward import forward_at
 
+from .derived import DerivedLM, certain, set_rows
 from .policy import FORBIDDEN, check_spaces, sequences, share_prefixes, trainable_copy
 
-# The greedy policy as a distribution: softmax(Q * this). Values that differ by 1e-5 are told apart, equal ones are equal.
+# A model is saved with logits Q times this: values that differ by 1e-5 are told apart.
 SHARPNESS = 1e6
 
 
@@ -57,48 +58,74 @@ class LMQNetwork(nn.Module):
         """Values (n, V), or quantiles (n, num_quantiles, V), of n states, each sequence run once."""
         ids, rows, columns = share_prefixes(*sequences(obs))
         logits, hidden, _ = forward_at(self.lm, ids, rows[None], columns[None], use_cache=False)
-        values = self.q_head(hidden[0, :, : self.width]).unflatten(-1, (-1, self.vocab_size))
-        forbidden = logits[0].detach() == -torch.inf
-        mask = self.token_filter.mask(logits[0])
+        return self.values(logits[0], hidden[0])
+
+    def values(self, logits: Tensor, hidden: Tensor) -> Tensor:
+        """The same where the model's logits (n, V) and its head's inputs (n, d) are known."""
+        values = self.q_head(hidden[:, : self.width]).unflatten(-1, (-1, self.vocab_size))
+        forbidden = logits.detach() == -torch.inf
+        mask = self.token_filter.mask(logits)
         if mask is not None:
             forbidden = forbidden | ~mask
         values = values.masked_fill(forbidden[:, None], FORBIDDEN)
         return values[:, 0] if self.num_quantiles is None else values
 
+    def best(self, values: Tensor) -> Tensor:
+        """The greedy tokens, (n,) int64; of equals the first."""
+        return (values if self.num_quantiles is None else values.mean(1)).argmax(-1)
+
     @torch.no_grad()
-    def greedy_model(self) -> PreTrainedModel:
-        """The greedy policy as a causal language model: its next-token distribution is softmax(SHARPNESS * Q)."""
+    def greedy_table(self) -> TableForCausalLM | None:
+        """The greedy policy as a table, where the model is one."""
+        if not isinstance(self.lm, TableForCausalLM):
+            return None
+        table = copy.deepcopy(self.lm).requires_grad_(False)
+        states = torch.arange(table.config.num_states, device=self.q_head.weight.device)
+        values = self.values(self.lm.row_logits(), encode_states(states, table.config.num_states))
+        set_rows(table, certain(self.best(values), self.vocab_size))
+        return table
+
+    @torch.no_grad()
+    def greedy_weights(self) -> PreTrainedModel:
+        """The model with SHARPNESS * Q as its logits: the greedy policy but for equal values, and it can be saved."""
         lm = copy.deepcopy(self.lm).requires_grad_(False)
         weight = SHARPNESS * self.q_head.weight.detach().unflatten(0, (-1, self.vocab_size)).mean(0)
         head = lm.get_output_embeddings()
-        if isinstance(lm, TableForCausalLM):
-            set_rows(lm, weight.t().masked_fill(lm.row_logits() == -torch.inf, -torch.inf))
-        elif hasattr(head, "reference"):  # a network on top of a table, of which only what it forbids is left
+        if hasattr(head, "reference"):  # a network on top of a table, of which only what it forbids is left
             head.reference[head.reference > -torch.inf] = 0.0
             head.linear.weight.copy_(weight)
             head.linear.bias.zero_()
-        else:
-            has_bias = getattr(head, "bias", None) is not None  # as the model's class will want to load it
-            sharp = nn.Linear(self.width, self.vocab_size, bias=has_bias, device=weight.device)
-            sharp.weight.copy_(weight)
-            if has_bias:
-                sharp.bias.zero_()
-            lm.config.tie_word_embeddings = False
-            lm.set_output_embeddings(sharp.requires_grad_(False))
-            lm.all_tied_weights_keys = {}  # what save_pretrained would leave out
-            for config in (lm.config, lm.config.get_text_config()):
-                if getattr(config, "final_logit_softcapping", None):  # it would make all large values equal
-                    config.final_logit_softcapping = None
+            return lm
+        has_bias = getattr(head, "bias", None) is not None  # as the model's class will want to load it
+        sharp = nn.Linear(self.width, self.vocab_size, bias=has_bias, device=weight.device)
+        sharp.weight.copy_(weight)
+        if has_bias:
+            sharp.bias.zero_()
+        lm.config.tie_word_embeddings = False
+        lm.set_output_embeddings(sharp.requires_grad_(False))
+        lm.all_tied_weights_keys = {}  # what save_pretrained would leave out
+        for config in (lm.config, lm.config.get_text_config()):
+            if getattr(config, "final_logit_softcapping", None):  # it would make all large values equal
+                config.final_logit_softcapping = None
         return lm
 
 
-@torch.no_grad()
-def set_rows(table: TableForCausalLM, rows: Tensor) -> None:
-    """Gives the states of a table these logits, (S, V)."""
-    head = table.lm_head
-    if hasattr(head, "residual"):
-        head.residual.zero_()
-    (head.reference if hasattr(head, "reference") else head.logprobs).copy_(rows)
+class GreedyLM(DerivedLM):
+    """The greedy policy of a Q-network as a causal language model: the best token has probability 1.
+
+    Args:
+        network: Copied.
+    """
+
+    def __init__(self, network: LMQNetwork) -> None:
+        network = copy.deepcopy(network).requires_grad_(False)
+        super().__init__(network.lm)
+        self.network = network
+
+    @torch.no_grad()
+    def next_logits(self, logits: Tensor, hidden: Tensor) -> Tensor:
+        """See `DerivedLM`."""
+        return certain(self.network.best(self.network.values(logits, hidden)), self.network.vocab_size)
 
 
 class LMQPolicy(BasePolicy):
@@ -154,5 +181,4 @@ class LMQPolicy(BasePolicy):
         return self._predict(obs, deterministic)
 
     def _predict(self, observation: dict[str, Tensor], deterministic: bool = True) -> Tensor:
-        values = self.network(observation)
-        return (values if self.n_quantiles is None else values.mean(1)).argmax(-1)
+        return self.network.best(self.network(observation))

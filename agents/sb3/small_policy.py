@@ -3,20 +3,17 @@
 from __future__ import annotations
 
 import copy
-from types import SimpleNamespace
-from typing import Any
 
 import torch
-from stable_baselines3.common.policies import ActorCriticPolicy, BasePolicy
-from torch import Tensor, nn
+from stable_baselines3.common.policies import BasePolicy
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from rlhf_gym.exact.table import TableForCausalLM, encode_states
-from rlhf_gym.lm.forward import forward_at
 from rlhf_gym.wrappers.hidden_state import value_width
 from rlhf_gym.wrappers.top_k import Ranks, rank_tokens
 
-from .q_policy import SHARPNESS, set_rows
+from .derived import DerivedLM, certain, set_rows
 
 
 @torch.no_grad()
@@ -30,21 +27,17 @@ def action_logprobs(policy: BasePolicy, features: Tensor) -> Tensor:
     Returns:
         Shape (n, k), float32, in nats.
     """
-    if isinstance(policy, ActorCriticPolicy):
+    if hasattr(policy, "get_distribution"):  # actor-critic, with masks or without
         return policy.get_distribution(features).distribution.logits
     if hasattr(policy, "q_net"):
-        return torch.log_softmax(SHARPNESS * policy.q_net(features), -1)
+        return certain(policy.q_net(features).argmax(-1), int(policy.action_space.n))
     if hasattr(policy, "quantile_net"):
-        return torch.log_softmax(SHARPNESS * policy.quantile_net(features).mean(1), -1)
-    chosen = policy._predict(features, deterministic=True)
-    return nn.functional.one_hot(chosen.long().flatten(), int(policy.action_space.n)).float().log()
+        return certain(policy.quantile_net(features).mean(1).argmax(-1), int(policy.action_space.n))
+    return certain(policy._predict(features, deterministic=True).flatten(), int(policy.action_space.n))
 
 
-class SmallPolicyLM(nn.Module):
+class SmallPolicyLM(DerivedLM):
     """The reference, with its next-token distribution replaced by a policy over its k likeliest tokens.
-
-    It can be called as a causal language model of transformers can, and saves nothing: it is what the reference and
-    the policy are together.
 
     Args:
         policy: A policy whose observation is the reference's hidden state.
@@ -52,33 +45,16 @@ class SmallPolicyLM(nn.Module):
     """
 
     def __init__(self, policy: BasePolicy, ranks: Ranks) -> None:
-        super().__init__()
-        self.policy, self.reference, self._ranks = policy, ranks.process.language_model.model, (ranks,)
-        self.config = self.reference.config
-
-    device = property(lambda self: self.reference.device)
-    dtype = property(lambda self: self.reference.dtype)
-    has_fixed_size_cache = property(lambda self: getattr(self.reference, "has_fixed_size_cache", False))
-
-    def get_output_embeddings(self) -> None:
-        """None: what the policy makes of a hidden state is no linear head."""
+        super().__init__(ranks.process.language_model.model)
+        self.policy, self.ranks = policy, ranks
 
     @torch.no_grad()
-    def forward(self, input_ids: Tensor, **kwargs: Any) -> SimpleNamespace:
-        """Logits (B, L, V) of every position; ``kwargs`` (mask, cache) are the reference's."""
-        rows = torch.arange(len(input_ids), device=input_ids.device)[:, None]
-        columns = torch.arange(input_ids.shape[1], device=input_ids.device)[None]
-        logits, hidden, output = forward_at(self.reference, input_ids, rows, columns, **kwargs)
-        found = self.next_logits(logits.flatten(0, 1), hidden.flatten(0, 1)).unflatten(0, input_ids.shape)
-        return SimpleNamespace(logits=found, past_key_values=getattr(output, "past_key_values", None))
-
     def next_logits(self, logits: Tensor, hidden: Tensor) -> Tensor:
         """The policy's logits (n, V) where the reference's are these and its hidden states (n, d) those."""
-        ranks = self._ranks[0]
-        token_filter = ranks.process.token_filter
+        ranks, token_filter = self.ranks, self.ranks.process.token_filter
         mask = token_filter.mask(logits)
         tokens, possible = rank_tokens(token_filter.logprobs(logits, mask), ranks.k)
-        logprobs = action_logprobs(self.policy, hidden[:, : value_width(self.reference)].float())
+        logprobs = action_logprobs(self.policy, hidden[:, : value_width(self.lm)].float())
         if ranks.forbidden == "likeliest":
             tokens = torch.where(possible, tokens, tokens[:, :1])
         else:  # what the masks leave
@@ -89,10 +65,10 @@ class SmallPolicyLM(nn.Module):
 
     def as_table(self) -> PreTrainedModel | None:
         """The same model as a table where the reference is one (its exact evaluation is then exact), else None."""
-        if not isinstance(self.reference, TableForCausalLM):
+        if not isinstance(self.lm, TableForCausalLM):
             return None
-        table = copy.deepcopy(self.reference).requires_grad_(False)
+        table = copy.deepcopy(self.lm).requires_grad_(False)
         num_states = table.config.num_states
         hidden = encode_states(torch.arange(num_states, device=self.device), num_states)
-        set_rows(table, self.next_logits(self.reference.row_logits(), hidden))
+        set_rows(table, self.next_logits(self.lm.row_logits(), hidden))
         return table

@@ -33,14 +33,13 @@ import stable_baselines3
 from safetensors.torch import load_file, save_file
 from stable_baselines3.common.off_policy_algorithm import OffPolicyAlgorithm
 from stable_baselines3.common.vec_env import VecEnv
-from transformers import PreTrainedModel
 
 from ..audit import Audit
 from ..config import COUNT, COUNT_OR_NONE, NOT_NEGATIVE, POSITIVE, SHARE, check_fields, one_of
 from .agent import SB3Agent, longest_response, starting_model
 from .exploration import EXPLORATIONS, as_certain, with_token_exploration
 from .policy import policy_kwargs
-from .q_policy import LMQPolicy
+from .q_policy import GreedyLM, LMQPolicy
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -153,9 +152,10 @@ class ValueAgent(SB3Agent):
         return False  # `AnnounceCertainty` does
 
     @property
-    def policy_model(self) -> PreTrainedModel:
-        """The greedy policy as a language model, a copy."""
-        return self.algorithm.policy.network.greedy_model()
+    def policy_model(self) -> Any:
+        """The greedy policy as a language model, a copy; a table where the Q-function is one."""
+        network = self.algorithm.policy.network
+        return network.greedy_table() or GreedyLM(network)
 
     def begin_rollout(self) -> None:
         """Called before each rollout."""
@@ -164,7 +164,8 @@ class ValueAgent(SB3Agent):
 
     def save_policy(self, folder: Path) -> None:
         """The greedy policy as a ``from_pretrained`` model, and both networks."""
-        self.policy_model.save_pretrained(folder)
+        network = self.algorithm.policy.network
+        (network.greedy_table() or network.greedy_weights()).save_pretrained(folder)
         tensors = {name: p.clone() for name, p in self.algorithm.policy.state_dict().items()}
         save_file(tensors, folder / "q_networks.safetensors")
 
