@@ -227,6 +227,19 @@ def test_many_threads_and_two_open_stores_lose_and_double_nothing(path):
         store.close()
 
 
+def test_a_new_file_may_be_opened_by_many_at_once(tmp_path):
+    gate = threading.Barrier(8)
+
+    def opened(name):
+        gate.wait()
+        with FeedbackStore(tmp_path / name) as store:
+            return store.add_item(SKY)
+
+    with ThreadPoolExecutor(8) as pool:
+        for name in map(str, range(8)):
+            assert list(pool.map(opened, [name] * 8)) == [SKY] * 8
+
+
 WRITER = """
 import sys, threading
 from rlhf_gym.feedback import FeedbackStore, Item, Judgement, Score

@@ -8,6 +8,7 @@ import datetime
 import json
 import sqlite3
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from types import TracebackType
@@ -203,12 +204,23 @@ class FeedbackStore:
         return removed
 
     def _configure(self) -> None:
-        (mode,) = self._db.execute("PRAGMA journal_mode = WAL").fetchone()
+        mode = self._log_ahead()
         if mode != "wal":
             raise ValueError(f"{self.path} cannot have a write-ahead log (it got {mode!r}); put it on a local disk")
         self._db.execute("PRAGMA synchronous = FULL")  # each commit is on disk before `record` returns
         self._db.execute("PRAGMA foreign_keys = ON")
         self._db.execute("PRAGMA secure_delete = ON")  # what is forgotten is overwritten, not only unlinked
+
+    def _log_ahead(self) -> str:
+        # Of several who make a new file at once, SQLite turns some away here without waiting.
+        end = time.monotonic() + PATIENCE_S
+        while True:
+            try:
+                return str(self._db.execute("PRAGMA journal_mode = WAL").fetchone()[0])
+            except sqlite3.OperationalError as error:
+                if "locked" not in str(error) or time.monotonic() > end:
+                    raise
+                time.sleep(0.01)
 
     @contextlib.contextmanager
     def _writing(self) -> Iterator[None]:
