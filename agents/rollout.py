@@ -122,14 +122,12 @@ class Collector:
 
     def _whole_responses(self, uniforms: Tensor, progress: Callable[[int], None] | None, seed: int | None) -> Rollout:
         envs, policy = self.envs, self.policy
-        prompts: list[Tensor] = []
         index: list[int] = []
         for round_number in range(self.num_rounds):
-            observation, info = envs.reset(seed=seed if round_number == 0 else None)
+            _, info = envs.reset(seed=seed if round_number == 0 else None)
             rows = self._rows_asked(envs.num_envs)
-            ids, lengths = (torch.as_tensor(observation[key])[rows] for key in ("input_ids", "attention_mask"))
-            prompts += [row[:n] for row, n in zip(ids, lengths.sum(1).tolist(), strict=True)]
             index += info["prompt_index"][rows].tolist()
+        prompts = [envs.prompts[i].ids for i in index]
         rollout = self._respond(prompts, index, uniforms, progress)
         if self.with_baselines:
             # Equal prompts have the same likeliest response.

@@ -13,23 +13,34 @@ from typing import Any
 from rlhf_gym.agents import AGENTS
 from rlhf_gym.cli.setup import parse_config
 
+# Names of agents with settings of their own, that stand in tables beside the algorithm as it was published. The objective
+# of each is the environment's (docs/agents.md), which cannot be said of the published ones.
+VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
+    "dr-grpo": ("grpo", {"divide_by_std": False, "loss_mode": "constant", "kl_placement": "reward"}),
+    "expert-iteration-optimal": ("expert-iteration", {"weights": "optimal"}),
+    "online-dpo-soft": ("online-dpo", {"labels": "soft"}),
+}
+
 
 def load_agent(name: str) -> Callable[..., Any]:
     """What makes an agent: ``load_agent(name)(envs, policy=model, seed=0, **config)``.
 
     Args:
-        name: One of `AGENTS`, "module:Class" or "path/to/file.py:Class". The class has ``learn(total_timesteps,
-            callback=None)`` and ``predict(observation)``, and better a ``policy_model`` too, a causal language model:
-            without it the KL is unknown. An algorithm of Stable-Baselines3 (a ``BaseAlgorithm``) gets our adapter.
+        name: One of `AGENTS`, of `VARIANTS` (it makes the algorithm; the settings come from `tuning`), "module:Class" or
+            "path/to/file.py:Class". The class has ``learn(total_timesteps, callback=None)`` and
+            ``predict(observation)``, and better a ``policy_model`` too, a causal language model: without it the KL is
+            unknown. An algorithm of Stable-Baselines3 (a ``BaseAlgorithm``) gets our adapter.
 
     Raises:
         ValueError: If there is no such agent, or the class lacks a method.
     """
-    if name not in AGENTS and ":" not in name:
-        near = difflib.get_close_matches(name, AGENTS, n=1)
+    base = VARIANTS[name][0] if name in VARIANTS else name
+    if base not in AGENTS and ":" not in base:
+        known = [*AGENTS, *VARIANTS]
+        near = difflib.get_close_matches(name, known, n=1)
         hint = f"; did you mean {near[0]!r}?" if near else ""
-        raise ValueError(f'--agents takes {", ".join(AGENTS)} or "module:Class", got {name!r}{hint}')
-    place, _, attribute = AGENTS.get(name, name).rpartition(":")
+        raise ValueError(f'--agents takes {", ".join(known)} or "module:Class", got {name!r}{hint}')
+    place, _, attribute = AGENTS.get(base, base).rpartition(":")
     found = getattr(_import(place, name), attribute, None)
     if not callable(found):
         raise ValueError(f"--agents {name}: there is no class {attribute!r} in {place}")

@@ -155,7 +155,7 @@ def run_cell(
 
         try:
             learner = load_agent(agent)(envs, policy=model, seed=seed, **config)
-            look(quick=True)
+            look(quick=tasks.is_exact)  # where only samples tell, the zero of the scale deserves as many as the end
             learner.learn(budget_tokens, callback=after_update)
         except Exception as error:
             failure = describe(error)

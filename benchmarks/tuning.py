@@ -17,6 +17,8 @@ import numpy as np
 
 from rlhf_gym.agents import AGENTS
 
+from .contestants import VARIANTS
+
 SEED = 1_000_000  # of all tuning runs; the benchmark's count from 0
 
 
@@ -49,22 +51,42 @@ SPACES: dict[str, dict[str, Any]] = {
         "learning_rate": None, "step_power": [0.5, 0.6, 0.7, 0.8, 0.9, 1.0], "exploration_fraction": [0.2, 0.5, 0.8],
     },
 }  # fmt: skip
-# Without tuning: the step that suits a policy, found with PPO and the same for all of ours that learn at one ...
+# Without tuning: the step that suits a policy, found with PPO ...
 RATES = {"tabular": 0.02, "transformer": 1e-3, "lstm": 2e-3}
-# ... and for (agent, policy) what is known to be needed. All others have their own defaults.
+# ... and for (agent, policy) what is known to be better, found by hand with a seed or two. All others have their own
+# defaults.
 PRESETS: dict[tuple[str, str], dict[str, Any]] = {
+    ("reinforce", "tabular"): {"learning_rate": 0.05},
+    ("rloo", "tabular"): {"learning_rate": 0.04},
+    ("remax", "tabular"): {"learning_rate": 0.03},
+    ("grpo", "tabular"): {"learning_rate": 0.1},
+    ("dr-grpo", "tabular"): {"learning_rate": 0.045, "num_minibatches": 4},
+    ("vargrad", "tabular"): {"learning_rate": 0.01},
+    ("expert-iteration", "tabular"): {"learning_rate": 0.05},
+    ("expert-iteration-optimal", "tabular"): {"learning_rate": 0.03},
+    ("online-dpo", "tabular"): {"learning_rate": 0.05},
+    ("online-dpo-soft", "tabular"): {"learning_rate": 0.02, "num_epochs": 4},
+    ("sb3-ppo", "tabular"): {"learning_rate": 0.03},
+    ("maskable-ppo", "tabular"): {"learning_rate": 0.03},
+    ("a2c", "tabular"): {"learning_rate": 0.2},  # one step per rollout
+    # Fewer and larger steps than their defaults, which cost ten times as much and end at the same policy.
+    ("dqn", "tabular"): {"learning_rate": 0.05, "batch_size": 1024, "replay_ratio": 1.0},
+    ("qrdqn", "tabular"): {"learning_rate": 0.05, "batch_size": 1024, "replay_ratio": 1.0},
     ("trpo", "tabular"): {"relative_damping": True, "cg_damping": 0.1, "target_kl": 0.01},
     # Larger batches than the rows give, as in `rlhf-gym demo`; TRPO wants more updates instead.
     ("ppo", "reference"): {"learning_rate": 2e-4, "num_rounds": 4},
     ("trpo", "reference"): {"n_steps": 24},
+    ("dqn", "reference"): {"learning_rate": 2e-4, "replay_ratio": 0.5},
+    ("qrdqn", "reference"): {"learning_rate": 2e-4, "replay_ratio": 0.5},
 }
 
 
 def preset(agent: str, policy: str) -> dict[str, Any]:
     """An agent's settings where neither the command line nor the tuning says otherwise."""
-    learns_at_a_rate = agent in AGENTS and "learning_rate" not in SPACES.get(agent, {})
+    base, own = VARIANTS.get(agent, (agent, {}))
+    learns_at_a_rate = base in AGENTS and "learning_rate" not in SPACES.get(base, {})
     common = {"learning_rate": RATES[policy]} if learns_at_a_rate and policy in RATES else {}
-    return PRESETS.get((agent, policy), common)
+    return own | PRESETS.get((agent, policy), common)
 
 
 def draw(agent: str, policy: str, number: int, fixed: dict[str, Any]) -> dict[str, Any]:
@@ -76,8 +98,9 @@ def draw(agent: str, policy: str, number: int, fixed: dict[str, Any]) -> dict[st
         fixed: Settings that are given, and not searched.
     """
     rng = np.random.default_rng([zlib.crc32(agent.encode()), number])
-    found: dict[str, Any] = {}
-    for name, space in ({"learning_rate": LEARNING_RATES[policy]} | SPACES.get(agent, {})).items():
+    base, found = VARIANTS.get(agent, (agent, {}))
+    found = dict(found)
+    for name, space in ({"learning_rate": LEARNING_RATES[policy]} | SPACES.get(base, {})).items():
         if space is None:
             continue
         if isinstance(space, LogUniform):

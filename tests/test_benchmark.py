@@ -183,7 +183,11 @@ def test_draws():
 
 
 def test_presets():
-    assert tuning.preset("ppo", "tabular") == tuning.preset("grpo", "tabular") == {"learning_rate": 0.02}
+    assert tuning.preset("ppo", "tabular") == tuning.preset("soft-q", "tabular") == {"learning_rate": 0.02}
+    # A variant keeps its settings whatever the policy, and in a search.
+    assert tuning.preset("online-dpo-soft", "reference") == {"labels": "soft"}
+    assert tuning.preset("online-dpo-soft", "tabular") == {"labels": "soft", "learning_rate": 0.02, "num_epochs": 4}
+    assert tuning.draw("expert-iteration-optimal", "tabular", 0, {})["weights"] == "optimal"
     assert tuning.preset("my:Agent", "tabular") == tuning.preset("q-learning", "tabular") == {}
     assert "target_kl" in tuning.preset("trpo", "tabular")
     assert "learning_rate" not in tuning.draw("best-of-n", "tabular", 0, {})
@@ -222,6 +226,7 @@ def test_the_example_agent_takes_part(tmp_path, capsys):
 
 def test_agents_by_name():
     assert load_agent("ppo").__name__ == "PPO"
+    assert load_agent("dr-grpo") is load_agent("grpo")
     assert load_agent("benchmark_agents:Idle") is benchmark_agents.Idle
     assert load_agent("sb3_contrib:TRPO").algorithm_class.__module__.startswith("sb3_contrib")
     for name, message in (

@@ -177,12 +177,15 @@ def _refuse(bad: Tensor, rule: str) -> None:
 
 
 def _prompts(process: TextGenerationProcess, prompt_ids: Sequence[Any], prompt_index: Any | None) -> list[Prompt]:
-    sequences = [_integers(p, f"prompt_ids, row {row},").cpu() for row, p in enumerate(prompt_ids)]
-    indices = [-1] * len(sequences) if prompt_index is None else [int(i) for i in prompt_index]
-    if len(indices) != len(sequences):
-        raise ValueError(f"prompt_index must have one entry per response: {len(sequences)}, got {len(indices)}")
+    indices = [-1] * len(prompt_ids) if prompt_index is None else [int(i) for i in prompt_index]
+    if len(indices) != len(prompt_ids):
+        raise ValueError(f"prompt_index must have one entry per response: {len(prompt_ids)}, got {len(indices)}")
     prompts = []
-    for row, (ids, index) in enumerate(zip(sequences, indices, strict=True)):
+    for row, (given, index) in enumerate(zip(prompt_ids, indices, strict=True)):
+        if 0 <= index < len(process.prompts) and given is process.prompts[index].ids:
+            prompts.append(process.prompts[index])  # our own prompt itself: nothing to check
+            continue
+        ids = _integers(given, f"prompt_ids, row {row},").cpu()
         if not 1 <= len(ids) <= process.max_prompt_tokens:
             raise ValueError(
                 f"prompt_ids, row {row}: a prompt has 1 to max_prompt_tokens={process.max_prompt_tokens} tokens, "

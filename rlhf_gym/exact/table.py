@@ -129,6 +129,8 @@ class TableForCausalLM(SmallStateLM):
     ``past_key_values`` is the state after the last real token, ((1, B, 1) int64,).
     """
 
+    is_table = True  # nothing is multiplied, so there is nothing for `fast_linear` to do
+
     def __init__(self, config: TableConfig, head: TableHead):
         super().__init__(config)
         self.register_buffer("transitions", torch.zeros(config.num_states, config.vocab_size, dtype=torch.int32))

@@ -50,7 +50,7 @@ def forward_at(model: PreTrainedModel, ids: Tensor, rows: Tensor, columns: Tenso
         picked.append(args[0][rows, columns])
         return picked[0], *args[1:]
 
-    fast = ids.device.type == "cpu" and ids.shape[1] > 1
+    fast = ids.device.type == "cpu" and ids.shape[1] > 1 and not getattr(model, "is_table", False)
     if model.training and torch.is_grad_enabled():
         # Checkpointed layers run again during the backward pass, outside of any mode, and must then do the same.
         fast = fast and not any(getattr(module, "gradient_checkpointing", False) for module in model.modules())
