@@ -26,6 +26,7 @@ from rlhf_gym.kl import AdaptiveKL
 from rlhf_gym.lm import load_language_model, make_engine, sample_tokens
 from rlhf_gym.lm.load import vocab_size
 
+from . import parallel
 from .audit import Audit
 from .batch import Rollout
 from .config import make_config
@@ -176,7 +177,7 @@ class Agent:
                 rollout = self.collector.collect(progress.tokens, seed=None if self._started else self.seed)
                 self._started = True
                 progress.start_audit()
-                audited = audit(rollout.batch, self.num_updates)
+                audited = audit(rollout.batch, self.num_updates) if parallel.rank() == 0 else {}
                 progress.start_update()
                 self.optimizer.zero_grad()  # an update that was interrupted half-way may have left some
                 metrics = self.update(rollout)
@@ -189,9 +190,9 @@ class Agent:
                 if self.kl_controller is not None:
                     sequence_kl = rollout.batch.kl.sum(1).mean().item()
                     self.envs.unwrapped.kl_coef = self.kl_controller.update(sequence_kl, len(rollout.batch))
-                if any(
-                    [call(self, metrics) is False for call in callbacks]
-                ):  # a list: every callback hears of every update
+                # A list: every callback hears of every update.
+                stop = [call(self, metrics) is False for call in callbacks]
+                if parallel.any_of(any(stop)):
                     break
         return self
 

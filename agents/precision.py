@@ -15,6 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from . import parallel
+
 _HALF = (torch.bfloat16, torch.float16)
 
 
@@ -79,6 +81,14 @@ class MasterWeights:
                 continue
             master.grad = parameter.grad.float() if master.grad is None else master.grad.add_(parameter.grad)
             parameter.grad = None
+
+    def add_up(self) -> None:
+        """Replace the gradients by their sums over all processes that train together."""
+        if parallel.size() > 1:
+            for master in self.masters:
+                if master.grad is None:
+                    master.grad = torch.zeros_like(master)
+            parallel.add_up([master.grad for master in self.masters if master.grad is not None])
 
     def zero_grad(self) -> None:
         """Forget all gradients, of the parameters and of the masters."""

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from rlhf_gym.lm import Engine, generate, join_responses, make_engine, response_logits
 
+from . import parallel
 from .batch import Batch, Rollout
 from .policy import Policy
 from .stepping import collect_by_stepping
@@ -40,7 +41,8 @@ class Collector:
         with_baselines: Whether the likeliest response to each prompt is generated and scored as well.
 
     Raises:
-        ValueError: If the groups do not fit into the rows, or the environment cannot be asked for them.
+        ValueError: If the groups do not fit into the rows, or the environment cannot be asked for them, or several
+            processes train together in an environment that has to be stepped.
     """
 
     def __init__(
@@ -58,6 +60,11 @@ class Collector:
         # A wrapper has no such method, and may change rewards.
         self.by_whole_responses = hasattr(envs, "evaluate_responses")
         self.group_size, self.with_baselines = group_size, with_baselines
+        if parallel.size() > 1 and not self.by_whole_responses:
+            raise ValueError(
+                "envs must be the native environment without wrappers where several processes train together, got "
+                f"{type(envs).__name__}; rows that are stepped are not shared out"
+            )
         if envs.num_envs % group_size:
             raise ValueError(
                 f"group_size must divide the environment's {envs.num_envs} rows, got {group_size}; all responses to a "
@@ -87,9 +94,9 @@ class Collector:
             seed: For the environment's first reset; None goes on in the rows' orders of prompts.
         """
         if self._engine is None:
-            self._engine = make_engine(self.policy.model, self.envs.num_envs, self.width)
+            self._engine = make_engine(self.policy.model, parallel.share(self.envs.num_envs), self.width)
         if self._mask_engine is None and self._mask_model is not None:
-            self._mask_engine = make_engine(self._mask_model, self.envs.num_envs, self.width)
+            self._mask_engine = make_engine(self._mask_model, self._engine.num_rows, self.width)
         for engine in filter(None, (self._engine, self._mask_engine)):
             engine.invalidate()  # the weights have changed since
         with torch.no_grad():
@@ -170,7 +177,28 @@ class Collector:
         uniforms: Tensor | None,
         progress: Callable[[int], None] | None,
     ) -> Rollout:
-        """Sampled responses to these prompts with what they earn; the likeliest ones where ``uniforms`` is None."""
+        """Sampled responses to these prompts with what they earn; the likeliest ones where ``uniforms`` is None.
+
+        Where several processes train together, each generates its part.
+        """
+        if parallel.size() == 1:
+            return self._generate(prompts, index, uniforms, progress)
+        mine = list(range(parallel.rank(), len(prompts), parallel.size())) or [0]
+        part = self._generate(
+            [prompts[i] for i in mine],
+            [index[i] for i in mine],
+            None if uniforms is None else uniforms[mine],
+            None if progress is None else lambda count: progress(count * parallel.size()),
+        )
+        return parallel.gather(part, len(prompts))
+
+    def _generate(
+        self,
+        prompts: list[Tensor],
+        index: list[int],
+        uniforms: Tensor | None,
+        progress: Callable[[int], None] | None,
+    ) -> Rollout:
         envs, policy = self.envs, self.policy
         texts = [envs.prompts[i].text for i in index]
         responses = generate(

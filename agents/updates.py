@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from . import parallel
 from .functional import LossMode, loss_normaliser, masked_mean
 
 if TYPE_CHECKING:
@@ -73,17 +74,28 @@ def accumulate_gradients(
     size = agent.config.micro_batch_size or len(rows)
     group_size = getattr(agent.config, "group_size", 1)
     total: dict[str, float] = defaultdict(float)
-    for part_rows in rows.split(max(group_size, size - size % group_size)):
+    mine, weight = _my_share(rows, group_size)
+    for part_rows in mine.split(max(group_size, size - size % group_size)):
         part = batch.rows(part_rows)
         parts, stats = loss(part, normaliser)
-        parts["loss"].backward()
+        (weight * parts["loss"]).backward()
         agent.optimizer.accumulate()
-        share = float(part.response_mask.sum() / num_tokens)
+        share = float(weight * part.response_mask.sum() / num_tokens)
         for name, value in stats.items():
             total[name] += float(value) * share
         for name, value in parts.items():
-            total[name] += value.item()
-    return dict(total)
+            total[name] += weight * value.item()
+    agent.optimizer.add_up()
+    return parallel.add_up_numbers(dict(total))
+
+
+def _my_share(rows: Tensor, group_size: int) -> tuple[Tensor, float]:
+    """The rows that this process takes through the model, and what they count: 0 where there are too few for all."""
+    if parallel.size() == 1:
+        return rows, 1.0
+    groups = rows.view(-1, group_size)
+    mine = groups[parallel.rank() :: parallel.size()]
+    return (mine.flatten(), 1.0) if len(mine) else (groups[0], 0.0)
 
 
 def _minibatches(agent: Agent, batch: Batch) -> Iterator[Tensor]:
@@ -109,10 +121,12 @@ def training_logprobs(agent: Agent, batch: Batch) -> tuple[Batch, float]:
         return batch, 0.0
     logprobs, values = torch.zeros_like(batch.logprobs), torch.zeros_like(batch.values)
     size = agent.config.micro_batch_size or max(1, len(batch) // agent.config.num_minibatches)
-    for rows in torch.arange(len(batch), device=batch.ids.device).split(size):
+    pieces = torch.arange(len(batch), device=batch.ids.device).split(size)
+    for rows in pieces[parallel.rank() :: parallel.size()]:
         part = batch.rows(rows)
         width = part.response_ids.shape[1]
         logprobs[rows, :width], values[rows, :width], _ = agent.policy(part)
+    parallel.add_up([logprobs, values])
     mismatch = masked_mean((logprobs - batch.logprobs).abs(), batch.response_mask).item()
     return replace(batch, logprobs=logprobs, values=values), mismatch
 

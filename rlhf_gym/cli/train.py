@@ -6,6 +6,7 @@ import math
 import signal
 import sys
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from rlhf_gym.atomic import write_json
@@ -21,7 +22,10 @@ from rlhf_gym.runs import MetricsWriter, RunDirectory, read_metrics
 
 def run(options: Train) -> int:
     """Train and evaluate; returns the exit code."""
+    from rlhf_gym.agents import parallel
+
     quiet_transformers()
+    parallel.start()
     # All that can be wrong with the arguments is found before the run directory is made and before any training.
     make_agent = agent_class(options.agent)
     config = parse_config(options.config)
@@ -30,8 +34,12 @@ def run(options: Train) -> int:
     envs = make_envs(options, num_envs=options.num_envs, kl_coef=options.kl_coef)
     evaluation_process(envs, options.eval_prompts)
     agent = make_agent(envs, seed=options.seed, **config)
+    if parallel.size() > 1 and not hasattr(agent, "collector"):
+        raise ValueError(f"--agent {options.agent} runs in one process; leave torchrun out, or take ppo")
+    if parallel.rank() > 0:
+        return help_training(agent, make_agent, envs, options)
     run_directory = RunDirectory(options.out, as_dict(options), overwrite=options.overwrite, resume=options.resume)
-    if run_directory.has_checkpoint:
+    if parallel.any_of(run_directory.has_checkpoint):
         agent = make_agent.load(run_directory.model, env=envs)
         print(f"going on from {agent.num_timesteps} tokens", flush=True)
 
@@ -52,6 +60,17 @@ def run(options: Train) -> int:
     print_comparison({"before": before, f"after ({options.agent})": after})
     print(f"run directory: {run_directory.path}")
     return 0
+
+
+def help_training(agent: Any, make_agent: Any, envs: Any, options: Train) -> int:
+    """What every process but the first does: it trains with the others and leaves the rest to the first."""
+    from rlhf_gym.agents import parallel
+
+    if parallel.any_of(False):  # the first has found a checkpoint
+        agent = make_agent.load(Path(options.out).expanduser() / "model", env=envs)
+    with stop_on_signal() as stop:
+        agent.learn(options.total_timesteps, callback=stop)
+    return 0 if stop.signal is None else 128 + stop.signal
 
 
 def train_agent(
