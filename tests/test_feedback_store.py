@@ -353,3 +353,35 @@ def test_an_export_leaves_no_file_of_what_was_undone(tmp_path, store):
     store.record(said("u", Undo("k")))
     assert export(store, tmp_path / "out")["ratings.jsonl"] == 0
     assert [file.name for file in (tmp_path / "out").iterdir()] == ["judgements.csv"]
+
+
+def test_judgements_made_together_are_stored_together(store):
+    together = [said("s/1", Comparison(0)), said("s/2", Score(0, "helpful", 4))]
+    first = store.record_all(together)
+    assert store.record_all(together) == first and keys(store.events()) == ["s/1", "s/2"]
+    assert keys(store.events(after=1)) == ["s/2"] and store.counts() == (1, 2)
+    for wrong in (
+        [*together, said("s/3", Skip())],  # more than was sent before
+        [said("t/1", Skip()), said("s/2", Score(0, "helpful", 5))],
+    ):
+        with pytest.raises(KeyReused):
+            store.record_all(wrong)
+    with pytest.raises(ValueError, match="is an undo|undone already"):
+        store.record_all([said("u/1", Undo("s/1"), shown=()), said("u/2", Undo("s/1"), shown=())])
+    assert keys(store.standing()) == ["s/1", "s/2"]  # not half of it
+
+
+def test_skips_of_two_pairs_of_an_item_both_stand(store):
+    store.record_all(
+        [said("a", Skip(), shown=(1, 0)), said("b", Skip(), shown=(2, 0)), said("c", Skip(), shown=(0, 1))]
+    )
+    assert keys(store.standing()) == ["b", "c"]
+
+
+def test_a_reader_sees_that_another_program_has_written(path, store):
+    before = store.changes_by_others()
+    store.record(ALL[0])
+    assert store.changes_by_others() == before  # its own writing is no news
+    with FeedbackStore(path) as other:
+        other.record(ALL[1])
+        assert store.changes_by_others() != before and store.counts() == (1, 2)

@@ -83,7 +83,7 @@ class Flag:
 
 @dataclass(frozen=True)
 class Skip:
-    """Nothing to say of this item."""
+    """Nothing to say of the responses shown."""
 
     reason: str = ""
 
@@ -134,7 +134,7 @@ class Judgement:
         """What it is about: of two judgements with the same topic the later one stands."""
         verdict = self.verdict
         about: Any = None
-        if isinstance(verdict, Comparison):
+        if isinstance(verdict, (Comparison, Skip)):
             about = tuple(sorted(self.shown))
         elif isinstance(verdict, Score):
             about = (verdict.response, verdict.criterion)

@@ -9,7 +9,7 @@ import json
 import sqlite3
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -136,41 +136,71 @@ class FeedbackStore:
             KeyReused: If the key is that of a judgement that says something else.
             ValueError: If it makes no sense for the item, or undoes what cannot be undone.
         """
-        item = self.item(judgement.item)
-        check(judgement, item)
-        with self._writing():
-            earlier = self._by_key(judgement.key)
-            if earlier:
-                if not same_but_for_the_clock(earlier.judgement, judgement):
-                    raise KeyReused(f"key {judgement.key!r} is that of another judgement; make a new key for each")
-                return earlier
-            if isinstance(judgement.verdict, Undo):
-                self._check_undo(judgement, judgement.verdict.cancels)
-            at = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="milliseconds")
-            cursor = self._db.execute(
-                "INSERT INTO judgements (at, key, annotator, item, kind, verdict, cancels, shown, seconds)"
-                " VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)",
-                (
-                    at,
-                    judgement.key,
-                    judgement.annotator,
-                    judgement.item,
-                    judgement.kind,
-                    json.dumps(dataclasses.asdict(judgement.verdict)),
-                    judgement.verdict.cancels if isinstance(judgement.verdict, Undo) else None,
-                    json.dumps(judgement.shown),
-                    None if judgement.seconds is None else float(judgement.seconds),
-                ),
-            )
-            number = cursor.lastrowid
-        assert number is not None
-        return Event(number, at, judgement)
+        return self.record_all([judgement])[0]
 
-    def events(self, annotator: str | None = None) -> list[Event]:
-        """All that was ever recorded, undone or not, in the order of arrival; by one annotator or by all."""
+    def record_all(self, judgements: Sequence[Judgement]) -> list[Event]:
+        """Store judgements that were made together, all of them or none; otherwise as `record`.
+
+        Raises:
+            KeyError: If there is no such item.
+            KeyReused: If a key is that of a judgement that says something else, or some are stored and others are not.
+            ValueError: If one makes no sense for its item, or undoes what cannot be undone.
+        """
+        for judgement in judgements:
+            check(judgement, self.item(judgement.item))
+        with self._writing():
+            earlier = [self._by_key(judgement.key) for judgement in judgements]
+            if not any(earlier):
+                return [self._insert(judgement) for judgement in judgements]
+            for judgement, event in zip(judgements, earlier, strict=True):
+                if event is None or not same_but_for_the_clock(event.judgement, judgement):
+                    raise KeyReused(f"key {judgement.key!r} is that of another judgement; make a new key for each")
+            return [event for event in earlier if event is not None]
+
+    def _insert(self, judgement: Judgement) -> Event:
+        """Within a transaction, add a row of which the key is new."""
+        said = judgement.verdict
+        if isinstance(said, Undo):
+            self._check_undo(judgement, said.cancels)
+        at = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="milliseconds")
+        cursor = self._db.execute(
+            "INSERT INTO judgements (at, key, annotator, item, kind, verdict, cancels, shown, seconds)"
+            " VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)",
+            (
+                at,
+                judgement.key,
+                judgement.annotator,
+                judgement.item,
+                judgement.kind,
+                json.dumps(dataclasses.asdict(said)),
+                said.cancels if isinstance(said, Undo) else None,
+                json.dumps(judgement.shown),
+                None if judgement.seconds is None else float(judgement.seconds),
+            ),
+        )
+        assert cursor.lastrowid is not None
+        return Event(cursor.lastrowid, at, judgement)
+
+    def events(self, annotator: str | None = None, *, after: int = 0) -> list[Event]:
+        """All that was ever recorded, undone or not, in the order of arrival; by one annotator or by all.
+
+        Args:
+            annotator: None: all of them.
+            after: Only those with a larger number.
+        """
         if annotator is None:
-            return [_event(row) for row in self._read(f"{_EVENTS} ORDER BY number")]
-        return [_event(row) for row in self._read(f"{_EVENTS} WHERE annotator = ? ORDER BY number", annotator)]
+            return [_event(row) for row in self._read(f"{_EVENTS} WHERE number > ? ORDER BY number", after)]
+        query = f"{_EVENTS} WHERE annotator = ? AND number > ? ORDER BY number"
+        return [_event(row) for row in self._read(query, annotator, after)]
+
+    def counts(self) -> tuple[int, int]:
+        """How many items and how many judgements there are, undone ones as well."""
+        query = "SELECT (SELECT count(*) FROM items), (SELECT count(*) FROM judgements)"
+        return self._read(query)[0]  # type: ignore[return-value]
+
+    def changes_by_others(self) -> int:
+        """A number that is another one once another program has written to the file."""
+        return int(self._read("PRAGMA data_version")[0][0])
 
     def standing(self, annotator: str | None = None) -> list[Event]:
         """The judgements that stand: not undone, and not replaced by a later one of the same person on the same thing."""
