@@ -3,6 +3,7 @@
 from .classify import classifier
 from .content_filter import content_filter
 from .inputs import RewardError, RewardInputs, Scores
+from .judge import judge
 from .lexicon import sentiment
 from .likelihood import perplexity, reference_logprob
 from .numeric import numeric_answer
@@ -24,6 +25,7 @@ __all__ = [
     "clip",
     "content_filter",
     "exact_match",
+    "judge",
     "keyword",
     "length",
     "length_penalty",

@@ -53,6 +53,7 @@ NAMED: dict[str, Callable[[], Callable[..., Any]]] = {
 _NEED_ARGUMENTS = {
     "classifier": 'classifier("path/to/model")',
     "content_filter": 'content_filter(["darn", "heck"])',
+    "judge": 'judge("http://localhost:8000/v1", "name-of-the-model")',
     "keyword": 'keyword(["great", "good"])',
     "perplexity": 'perplexity("path/to/model")',
     "regex": 'regex(r"\\d+")',
