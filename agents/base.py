@@ -25,6 +25,7 @@ from rlhf_gym.atomic import replaced_directory, verified_files
 from rlhf_gym.kl import AdaptiveKL
 from rlhf_gym.lm import load_language_model, make_engine, sample_tokens
 from rlhf_gym.lm.load import vocab_size
+from rlhf_gym.lm.precision import MasterWeights, compute_dtype
 
 from . import parallel
 from .audit import Audit
@@ -32,7 +33,6 @@ from .batch import Rollout
 from .config import make_config
 from .logs import Progress, rollout_metrics
 from .policy import Policy
-from .precision import MasterWeights
 from .rollout import Collector
 from .stepping import token_filter_of
 
@@ -382,16 +382,6 @@ def _policy_model(base: Any, policy: Any) -> tuple[Any, Any]:
         # Training it in place would move the reference with it, and the KL would stay 0 for ever.
         return copy.deepcopy(policy), tokenizer
     return policy, tokenizer
-
-
-def compute_dtype(name: str, device: torch.device) -> torch.dtype:
-    """Precision of the forward passes: "float32", "bfloat16", or "auto" (bfloat16 on a CUDA device that has it, else
-    float32)."""
-    if name == "auto":
-        return torch.bfloat16 if device.type == "cuda" and torch.cuda.is_bf16_supported() else torch.float32
-    if name not in ("float32", "bfloat16"):
-        raise ValueError(f'dtype must be "auto", "float32" or "bfloat16", got {name!r}')
-    return getattr(torch, name)
 
 
 def as_floats(metrics: dict[str, Any]) -> dict[str, float]:

@@ -80,6 +80,16 @@ def add_up(tensors: Sequence[Tensor]) -> None:
     _add_up(message)
 
 
+def add_up_gradients(parameters: Sequence[Tensor]) -> None:
+    """Replaces gradients by their sums over all processes, in place; where there is none it counts as 0."""
+    if size() == 1:
+        return
+    for parameter in parameters:
+        if parameter.grad is None:
+            parameter.grad = torch.zeros_like(parameter)
+    add_up([parameter.grad for parameter in parameters])
+
+
 def _add_up(tensors: list[Tensor]) -> None:
     if not tensors:
         return

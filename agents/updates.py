@@ -85,7 +85,7 @@ def accumulate_gradients(
             total[name] += float(value) * share
         for name, value in parts.items():
             total[name] += weight * value.item()
-    agent.optimizer.add_up()
+    parallel.add_up_gradients(agent.optimizer.masters)
     return parallel.add_up_numbers(dict(total))
 
 

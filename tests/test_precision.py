@@ -12,8 +12,8 @@ import torch
 from safetensors.torch import load, save
 from torch import nn
 
-from rlhf_gym.agents import precision
-from rlhf_gym.agents.precision import MasterWeights
+from rlhf_gym.lm import precision
+from rlhf_gym.lm.precision import MasterWeights
 
 ADAM = partial(torch.optim.AdamW, lr=1e-3, weight_decay=0.0)
 

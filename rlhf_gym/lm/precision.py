@@ -15,8 +15,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from . import parallel
-
 _HALF = (torch.bfloat16, torch.float16)
 
 
@@ -81,14 +79,6 @@ class MasterWeights:
                 continue
             master.grad = parameter.grad.float() if master.grad is None else master.grad.add_(parameter.grad)
             parameter.grad = None
-
-    def add_up(self) -> None:
-        """Replace the gradients by their sums over all processes that train together."""
-        if parallel.size() > 1:
-            for master in self.masters:
-                if master.grad is None:
-                    master.grad = torch.zeros_like(master)
-            parallel.add_up([master.grad for master in self.masters if master.grad is not None])
 
     def zero_grad(self) -> None:
         """Forget all gradients, of the parameters and of the masters."""
@@ -204,3 +194,13 @@ class MasterWeights:
             for name, master in own.items():
                 master.copy_(saved[name])
         self.copy_to_parameters()
+
+
+def compute_dtype(name: str, device: torch.device) -> torch.dtype:
+    """Precision of the forward passes: "float32", "bfloat16", or "auto" (bfloat16 on a CUDA device that has it, else
+    float32)."""
+    if name == "auto":
+        return torch.bfloat16 if device.type == "cuda" and torch.cuda.is_bf16_supported() else torch.float32
+    if name not in ("float32", "bfloat16"):
+        raise ValueError(f'dtype must be "auto", "float32" or "bfloat16", got {name!r}')
+    return getattr(torch, name)
