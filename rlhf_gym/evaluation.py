@@ -234,7 +234,8 @@ def evaluate(
     ]
     fluency = None
     if judge is not None:
-        fluency = judge.logprobs([prompt.text for prompt in chosen], _continuations(process, chosen, token_lists))
+        continuations = [process.scorer.continuation(*pair) for pair in zip(chosen, token_lists, strict=True)]
+        fluency = judge.logprobs([prompt.text for prompt in chosen], continuations)
     return Evaluation(
         numbers["score"],
         terms,
@@ -260,18 +261,6 @@ def _rows(found: Any, rows: torch.Tensor) -> Any:
         return None if value is None else value[rows.to(value.device)]
 
     return dataclasses.replace(found, **{name: of(value) for name, value in vars(found).items()})
-
-
-def _continuations(process: Any, prompts: Sequence[Prompt], responses: Sequence[list[int]]) -> list[str]:
-    """The responses as they go on from their prompts, with the space between the two.
-
-    Many tokenizers drop it when a response is decoded by itself: "the lever" and "is strong" would be "the leveris strong".
-    """
-    texts = []
-    for prompt, response in zip(prompts, responses, strict=True):
-        before, whole = (process.scorer.decode(ids) for ids in (prompt.ids.tolist(), [*prompt.ids.tolist(), *response]))
-        texts.append(whole[len(before) :] if whole.startswith(before) else process.scorer.decode(response))
-    return texts
 
 
 def _read_references(prompts: Sequence[Prompt], column: str | None) -> list[list[str] | None] | None:

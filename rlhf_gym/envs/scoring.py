@@ -88,7 +88,22 @@ class Scorer:
             prompt_ids=[p.ids.tolist() for p in prompts],
             completion_ids=[list(r) for r in responses],
             columns=columns,
+            continuations=_Texts(lambda row: self.continuation(prompts[row], responses[row]), range(len(prompts))),
         )
+
+    def continuation(self, prompt: Prompt, response: Sequence[int]) -> str:
+        """Text of a response as it goes on from its prompt, with the space between the two.
+
+        The ids are the truth: what the response adds to the prompt when both are decoded together. Where the prompt's
+        text is none of the whole's beginning (a character that is completed by the response), the response alone.
+        """
+        before, whole = (self.decode(ids) for ids in (prompt.ids.tolist(), [*prompt.ids.tolist(), *response]))
+        if not whole.startswith(before):
+            return self.decode(response)
+        text = whole[len(before) :]
+        # A space at the end of the prompt as it was written, which the tokenizer drops, is there already.
+        twice = prompt.text[-1:].isspace() and not before[-1:].isspace()
+        return text.removeprefix(" ") if twice else text
 
     def decode(self, ids: Sequence[int]) -> str:
         """Text of a response, special tokens left out."""
@@ -132,10 +147,10 @@ class Scorer:
 class _Texts(Sequence[str]):
     """The texts of B responses, each decoded when it is read.
 
-    Dense rewards are asked at every step, and those that go by tokens alone need no text.
+    Dense rewards are asked at every step, those that go by tokens alone need no text, and few need continuations.
     """
 
-    def __init__(self, decode: Callable[[list[int]], str], responses: Sequence[list[int]]):
+    def __init__(self, decode: Callable[[Any], str], responses: Sequence[Any]):
         self._decode, self._responses = decode, responses
 
     def __len__(self) -> int:

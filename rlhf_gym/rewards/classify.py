@@ -10,10 +10,15 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from .sequences import READS, batches_by_length, encode_texts, last_token_outputs
 from .text import check_choice
 
 if TYPE_CHECKING:
     import torch
+
+
+RECORDED = "rlhf_gym_reward"
+"""Key of a model's ``config.json`` under which `rlhf_gym.reward_models` writes how the reward is to be read."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -27,84 +32,61 @@ class Classifier:
     reads: str
     truncation: str
     max_tokens: int | None
+    join: str = ""
+    shift: float = 0.0
+    """Subtracted from the logit: the mean over reference samples of a reward model whose head has no bias."""
 
     __name__ = "classifier"
 
     def __deepcopy__(self, memo: dict) -> Classifier:
         return self
 
-    def __call__(self, prompts: list[str], completions: list[str]) -> np.ndarray:
-        import torch
+    def __call__(
+        self, prompts: list[str], completions: list[str], continuations: list[str] | None = None
+    ) -> np.ndarray:
+        from scipy.special import expit, softmax
 
-        rows, types = self._encode(prompts, completions)
-        self.model.eval()  # each time: somebody else's .train() would switch dropout on
-        with torch.inference_mode():
-            logits = self._logits(rows, types).float()
+        logits = self.logits(prompts, completions, continuations)
         if self.output == "logit":
-            scores = logits[:, self.label]
-        elif logits.shape[1] == 1 or self.model.config.problem_type == "multi_label_classification":
-            scores = logits[:, self.label].sigmoid()
-        else:
-            scores = logits.softmax(dim=-1)[:, self.label]
-        return scores.double().cpu().numpy()
+            return logits[:, self.label] - self.shift
+        if logits.shape[1] == 1 or self.model.config.problem_type == "multi_label_classification":
+            return expit(logits[:, self.label])
+        return softmax(logits, axis=1)[:, self.label]
 
-    def _encode(self, prompts: list[str], completions: list[str]) -> tuple[list[list[int]], list[list[int]] | None]:
-        """Token ids of each row, unpadded, and token types where the model reads pairs and tells them apart."""
-        options: dict[str, Any] = {"truncation": False}
-        if self.max_tokens is not None and self.truncation != "error":
-            options = {"truncation": True, "max_length": self.max_tokens}
-        if self.reads == "pair":
-            encoded = self.tokenizer(list(prompts), list(completions), return_token_type_ids=True, **options)
-        else:
-            texts = (
-                completions if self.reads == "response" else [p + c for p, c in zip(prompts, completions, strict=True)]
-            )
-            encoded = self.tokenizer(list(texts), **options)
-        rows = [list(ids) or [self._filler()] for ids in encoded["input_ids"]]
-        longest = max(range(len(rows)), key=lambda row: len(rows[row]))
-        if self.max_tokens is not None and len(rows[longest]) > self.max_tokens:
-            raise ValueError(
-                f"the text of row {longest} has {len(rows[longest])} tokens, more than the {self.max_tokens} that the "
-                'classifier reads; truncation="left" or "right" would cut it'
-            )
-        # Token types only where they mean something: GPT-2 takes them too, and would add the embedding of token 0 to
-        # every position.
-        wanted = self.reads == "pair" and getattr(self.model.config, "type_vocab_size", 0) > 1
-        return rows, encoded.get("token_type_ids") if wanted else None
+    def logits(self, prompts: list[str], completions: list[str], continuations: list[str] | None = None) -> np.ndarray:
+        """All outputs for each text. Shape (B, num_labels), float64.
 
-    def _filler(self) -> int:
-        """A token for a text without any: the model must read something."""
-        candidates = (self.tokenizer.bos_token_id, self.tokenizer.eos_token_id, self.tokenizer.pad_token_id, 0)
-        return next(token for token in candidates if token is not None)
-
-    def _logits(self, rows: list[list[int]], types: list[list[int]] | None) -> torch.Tensor:
-        """One forward over the batch, padded on the right. Shape (B, num_labels)."""
+        Args:
+            prompts: B texts.
+            completions: B texts.
+            continuations: The completions with the space before them, where it is known; else ``join`` decides on it.
+        """
         import torch
 
-        # Decoders read their answer at the last token that is not config.pad_token_id, whatever the tokenizer pads
-        # with. So pad with exactly that; without one they refuse batches, and any token that no row ends with then
-        # serves for the length of this call.
-        config = self.model.config.get_text_config()
-        known = config.pad_token_id
-        last = {ids[-1] for ids in rows}
-        pad = known if known is not None else next(token for token in range(len(last) + 1) if token not in last)
-        device = next(self.model.parameters()).device
-        length = max(map(len, rows))
-
-        def padded(values: list[list[int]], filler: int) -> torch.Tensor:
-            return torch.tensor([[*row, *[filler] * (length - len(row))] for row in values], device=device)
-
-        inputs = {"input_ids": padded(rows, pad), "attention_mask": padded([[1] * len(ids) for ids in rows], 0)}
-        if types is not None:
-            inputs["token_type_ids"] = padded(types, 0)
-        config.pad_token_id = pad
-        try:
-            logits = self.model(**inputs).logits
-        finally:
-            config.pad_token_id = known
-        if tuple(logits.shape) != (len(rows), len(self.model.config.id2label)):
-            raise ValueError(f"the classifier returned logits of shape {tuple(logits.shape)} for {len(rows)} texts")
-        return logits
+        if not len(prompts):
+            return np.zeros((0, len(self.model.config.id2label)))
+        joined = self.reads == "prompt+response" and continuations is not None
+        rows, types = encode_texts(
+            self.tokenizer,
+            prompts,
+            continuations if joined else completions,
+            reads=self.reads,
+            join="" if joined else self.join,
+            max_tokens=self.max_tokens,
+            truncation=self.truncation,
+        )
+        self.model.eval()  # each time: somebody else's .train() would switch dropout on
+        found = np.empty((len(rows), len(self.model.config.id2label)))
+        with torch.inference_mode():
+            for batch in batches_by_length([len(ids) for ids in rows]):
+                of_batch = None if types is None else [types[row] for row in batch]
+                logits = last_token_outputs(self.model, [rows[row] for row in batch], of_batch)
+                if tuple(logits.shape) != (len(batch), found.shape[1]):
+                    raise ValueError(
+                        f"the classifier returned logits of shape {tuple(logits.shape)} for {len(batch)} texts"
+                    )
+                found[batch] = logits.double().cpu().numpy()
+        return found
 
 
 def classifier(
@@ -112,34 +94,44 @@ def classifier(
     tokenizer: Any = None,
     *,
     label: str | int | None = None,
-    output: str = "logit",
-    reads: str = "prompt+response",
-    truncation: str = "left",
+    output: str | None = None,
+    reads: str | None = None,
+    join: str | None = None,
+    truncation: str | None = None,
     max_tokens: int | None = None,
     device: torch.device | str = "auto",
 ) -> Classifier:
     """One output of a Hugging Face sequence classifier. The boundary is text: it may have any tokenizer and vocabulary.
 
-    Runs in eval mode and without gradients, one forward for all responses; a model loaded here runs in float32.
-    Batching changes no score.
+    Runs in eval mode and without gradients; a model loaded here runs in float32. Batching changes no score.
+
+    What is left out here is as the model was trained, where `rlhf_gym.reward_models` has recorded it in its
+    ``config.json``; the defaults below are for other models.
 
     Args:
         model: Directory or hub id of a sequence classifier (safetensors), or a model object, used where and as it is.
         tokenizer: Its tokenizer, or a directory; None takes the one beside the model.
         label: Name or index of the output. None takes the only one, or the one named "positive", or the second of two.
-        output: "logit", or "probability" (softmax; sigmoid for one label and for multi-label models).
-        reads: What it is given: "prompt+response" (one text), "response", or "pair" (two segments, as in models
-            trained on question and answer).
-        truncation: What gives way in a text longer than ``max_tokens``: "left" or "right" end, or "error".
+        output: "logit" (the default), or "probability" (softmax; sigmoid for one label and for multi-label models).
+        reads: What it is given: "prompt+response" (one text, the default), "response", or "pair" (two segments, as in
+            models trained on question and answer).
+        join: Put between prompt and response where neither has white space there, and nobody knows how the two go on
+            from each other (the environment does, from their tokens): "" (the default) or " ".
+        truncation: What gives way in a text longer than ``max_tokens``: "left" (the default) or "right" end, or
+            "error".
         max_tokens: Longest input, special tokens included. None takes the model's own limit.
         device: Where a model that is loaded here goes; "auto" is CUDA where there is one.
 
     Raises:
         ValueError: If there is no such classifier or label, or the tokenizer does not fit.
     """
-    check_choice("classifier: output", output, ("logit", "probability"))
-    check_choice("classifier: reads", reads, ("prompt+response", "response", "pair"))
-    check_choice("classifier: truncation", truncation, ("left", "right", "error"))
+    for name, value, choices in (
+        ("output", output, ("logit", "probability")),
+        ("reads", reads, READS),
+        ("truncation", truncation, ("left", "right", "error")),
+    ):
+        if value is not None:
+            check_choice(f"classifier: {name}", value, choices)
     if max_tokens is not None and (isinstance(max_tokens, bool) or not isinstance(max_tokens, int) or max_tokens < 1):
         raise ValueError(f"classifier: max_tokens must be None or an integer >= 1, got {max_tokens!r}")
     if isinstance(model, (str, os.PathLike)):
@@ -158,16 +150,21 @@ def classifier(
             f"classifier: the tokenizer has the token id {largest}, but the model's vocabulary is {size}; use the "
             "model's own tokenizer"
         )
-    if truncation != "error":
-        tokenizer.truncation_side = truncation
+    recorded = getattr(model.config, RECORDED, None) or {}
+    read = {"output": "logit", "reads": "prompt+response", "join": "", "truncation": "left"}
+    read |= {name: recorded[name] for name in read if name in recorded}
+    asked = {"output": output, "reads": reads, "join": join, "truncation": truncation}
+    read |= {name: value for name, value in asked.items() if value is not None}
+    if read["truncation"] != "error":
+        tokenizer.truncation_side = read["truncation"]
+    index = _label_index(model.config, recorded.get("label") if label is None else label)
     return Classifier(
         model,
         tokenizer,
-        _label_index(model.config, label),
-        output,
-        reads,
-        truncation,
-        max_tokens or _max_tokens(model, tokenizer),
+        index,
+        max_tokens=max_tokens or recorded.get("max_tokens") or _max_tokens(model, tokenizer),
+        shift=float(recorded.get("shift", 0.0)),
+        **read,
     )
 
 

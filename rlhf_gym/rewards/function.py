@@ -118,9 +118,13 @@ class FunctionReward(Reward):
     def _batch_arguments(self, inputs: RewardInputs) -> dict[str, Any]:
         # Copies, and new ones for each function: one that sorts or pops its list must not change what the others score.
         sources: dict[str, list[Any]] = {name: getattr(inputs, name) for name in BATCH_NAMES} | inputs.columns
+        if inputs.continuations is None:  # a parameter without a default must receive something
+            optional = any(self.form.parameters.get(p) == "continuations" for p in self.form.optional)
+            sources = {name: v for name, v in sources.items() if name != "continuations"}
+            sources |= {} if optional else {"continuations": list(inputs.completions)}
         wanted = {p: s for p, s in self.form.parameters.items() if s in sources}
-        if self.form.takes_everything:
-            wanted |= {name: name for name in sources if name not in wanted.values()}
+        if self.form.takes_everything:  # TRL's names; continuations, which cost a second decoding, when they are named
+            wanted |= {name: name for name in sources if name not in (*wanted.values(), "continuations")}
         return {parameter: _copied(source, sources[source]) for parameter, source in wanted.items()}
 
     def _invoke(self, calls: Sequence[dict[str, Any]], inputs: RewardInputs) -> list[Any]:
@@ -146,7 +150,7 @@ class FunctionReward(Reward):
 
 
 def _copied(source: str, values: list[Any]) -> list[Any]:
-    if source in ("prompts", "completions"):
+    if source in ("prompts", "completions", "continuations"):
         return list(values)
     if source in BATCH_NAMES:  # lists of ints: deepcopy would look at every token
         return [list(ids) for ids in values]

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 # The names that a batch function can ask for besides columns; a column cannot carry one of them.
-BATCH_NAMES = ("prompts", "completions", "prompt_ids", "completion_ids")
+BATCH_NAMES = ("prompts", "completions", "continuations", "prompt_ids", "completion_ids")
 
 
 class RewardError(ValueError):
@@ -36,6 +36,9 @@ class RewardInputs:
         prompt_ids: Tokens of each prompt under the policy's tokenizer. B lists of ints.
         completion_ids: Tokens of each response, EOS included where it ended by one, no padding. B lists of ints.
         columns: Extra columns of the prompts, by name. Each of B values.
+        continuations: The responses as they go on from their prompts: prompt + continuation is the whole text. Many
+            tokenizers drop the space before a response that is decoded by itself, so "the lever" + "is strong" would be
+            "the leveris strong". B strings, or None when nobody knows.
 
     Raises:
         ValueError: If the lengths differ or a column takes a reserved name.
@@ -46,9 +49,10 @@ class RewardInputs:
     prompt_ids: list[list[int]]
     completion_ids: list[list[int]]
     columns: dict[str, list[Any]] = field(default_factory=dict)
+    continuations: Sequence[str] | None = None
 
     def __post_init__(self) -> None:
-        batch = {name: getattr(self, name) for name in BATCH_NAMES}
+        batch = {name: getattr(self, name) for name in BATCH_NAMES if getattr(self, name) is not None}
         for name, values in [*batch.items(), *self.columns.items()]:
             if len(values) != len(self.prompts):
                 raise ValueError(
@@ -67,6 +71,7 @@ class RewardInputs:
             prompt_ids=[self.prompt_ids[row] for row in rows],
             completion_ids=[self.completion_ids[row] for row in rows],
             columns={name: [values[row] for row in rows] for name, values in self.columns.items()},
+            continuations=None if self.continuations is None else [self.continuations[row] for row in rows],
         )
 
     def describe(self, row: int) -> str:

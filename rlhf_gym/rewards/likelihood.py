@@ -64,8 +64,10 @@ class Perplexity:
 
     __name__ = "perplexity"
 
-    def __call__(self, prompts: list[str], completions: list[str]) -> np.ndarray:
-        sums, num_tokens = self.logprobs(prompts, completions)
+    def __call__(
+        self, prompts: list[str], completions: list[str], continuations: list[str] | None = None
+    ) -> np.ndarray:
+        sums, num_tokens = self.logprobs(prompts, completions if continuations is None else continuations)
         means = sums / np.maximum(1, num_tokens)
         # Nothing written is no evidence: as likely as blind guessing. As 0, the best score there is, it would be where
         # training ends.
@@ -73,7 +75,10 @@ class Perplexity:
         return means if self.log else -np.exp(-means)
 
     def logprobs(self, prompts: list[str], completions: list[str]) -> tuple[np.ndarray, np.ndarray]:
-        """Log-probability of each response in nats, (B,) float64, and its tokens under this model, (B,) int64."""
+        """Log-probability of each response in nats, (B,) float64, and its tokens under this model, (B,) int64.
+
+        Prompt and completion are put together as they are: the space between them belongs to one of the two.
+        """
         rows = [self._tokens(prompt, completion) for prompt, completion in zip(prompts, completions, strict=True)]
         contexts, responses = [context for context, _ in rows], [response for _, response in rows]
         num_tokens = np.array([len(response) for response in responses], dtype=np.int64)

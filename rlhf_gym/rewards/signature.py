@@ -3,9 +3,10 @@
 The rule, in order:
 
 1. **Batch** (TRL's form), when it has ``**kwargs`` or a parameter named ``prompts``, ``completions``, ``prompt_ids``
-   or ``completion_ids``. It is called once with keyword arguments: those four as lists, and every other parameter from
-   the column of that name. A parameter with a default is left out when there is no such column. ``**kwargs`` receives
-   everything.
+   or ``completion_ids`` (or ``continuations``: the responses with the space that goes before them, which is not TRL's).
+   It is called once with keyword arguments: those as lists, and every other parameter from the column of that name. A
+   parameter with a default is left out when there is no such column. ``**kwargs`` receives everything but
+   continuations.
 2. **Per sample** otherwise, one call per response. What counts are the parameters without default, and ``prompt``,
    ``text``, ``response``, ``completion`` even with one. One parameter receives the response. Of two, the one named
    ``prompt`` receives the prompt and the other the response; if neither is, and neither is named ``text``,
