@@ -11,6 +11,7 @@ from .references import bleu, chrf, exact_match, rouge_l, token_f1
 from .resolve import as_reward
 from .reward import Reward
 from .text import keyword, length, regex, repetition
+from .unit_tests import unit_tests
 from .wrappers import clip, length_penalty, normalize, scale
 
 __all__ = [
@@ -39,4 +40,5 @@ __all__ = [
     "scale",
     "sentiment",
     "token_f1",
+    "unit_tests",
 ]

@@ -57,6 +57,7 @@ _NEED_ARGUMENTS = {
     "keyword": 'keyword(["great", "good"])',
     "perplexity": 'perplexity("path/to/model")',
     "regex": 'regex(r"\\d+")',
+    "unit_tests": "unit_tests(run_code=True)",
 }
 
 
