@@ -31,7 +31,7 @@ register_environments()
 
 
 def __getattr__(name: str) -> Any:
-    if name in ("exact", "wrappers"):
+    if name in ("exact", "sft", "wrappers"):
         return importlib.import_module(f"rlhf_gym.{name}")
     if name in _LAZY:
         return getattr(importlib.import_module(_LAZY[name]), name)

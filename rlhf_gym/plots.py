@@ -40,7 +40,8 @@ def curves(runs: Mapping[str, Mapping[str, Sequence[float]]], panels: Sequence[t
         axes = figure.add_subplot(1, len(panels), i + 1)
         for (name, columns), style in zip(runs.items(), STYLES * len(runs), strict=False):
             if metric in columns:
-                x, y = columns["timesteps"], columns[metric]
+                known = [i for i, value in enumerate(columns[metric]) if value == value]
+                x, y = ([columns[column][i] for i in known] for column in ("timesteps", metric))
                 if len(x) >= SMOOTH_FROM:  # the batches are noisy: they stay visible behind their running mean
                     axes.plot(x, y, color=style["color"], alpha=0.25, linewidth=1)
                     y = running_mean(y, len(x) // 20)
@@ -85,9 +86,13 @@ def histogram(groups: Mapping[str, Any], label: str) -> Figure:
     return figure
 
 
-def plot_run(runs: Mapping[str, Mapping[str, Sequence[float]]], path: str | Path) -> None:
+def plot_run(
+    runs: Mapping[str, Mapping[str, Sequence[float]]],
+    path: str | Path,
+    panels: Sequence[tuple[str, str]] = PANELS,
+) -> None:
     """Write the ``curves`` of some runs as a PNG."""
-    curves(runs).savefig(path, dpi=150)
+    curves(runs, panels).savefig(path, dpi=150)
 
 
 def as_svg(figure: Any) -> bytes:

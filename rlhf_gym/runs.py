@@ -5,6 +5,7 @@ metrics.csv          one line per update; tensorboard/ holds the same numbers
 samples_before.jsonl, samples_after.jsonl, evaluation.json
 plots/               reward and KL curves (PNG)
 model/               the agent, at the last checkpoint; also a ``from_pretrained`` directory
+merged/              of an adapter in model/ the whole model, where that was asked for
 README.md            the model card
 """
 
@@ -36,11 +37,14 @@ OWN_NAMES = (
     "evaluation.json",
     "plots",
     "model",
+    "merged",
     "README.md",
     "report.html",
     ".metrics.csv.new",
     ".model.previous",
     ".model.new-*",
+    ".merged.previous",
+    ".merged.new-*",
 )
 # Options that may differ between a run and its resumption.
 FREE_ON_RESUME = frozenset({"total_timesteps", "out", "overwrite", "resume", "progress_bar", "checkpoint_every"})
@@ -153,7 +157,7 @@ class RunDirectory:
         if not all(bool(weight.isfinite().all()) for weight in agent.policy_model.parameters()):
             kept = f"{self.model} keeps the last checkpoint" if self.model.exists() else "there is no checkpoint"
             raise ValueError(
-                f"the agent at {agent.num_timesteps} tokens has weights that are NaN or infinite and is not saved; {kept}"
+                f"the model at {agent.num_timesteps} tokens has weights that are NaN or infinite and is not saved; {kept}"
             )
         agent.save(self.model)
 

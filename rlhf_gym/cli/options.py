@@ -86,6 +86,77 @@ class Train(TaskOptions):
 
 
 @dataclass(frozen=True, kw_only=True)
+class SFT:
+    """Fine-tune a language model on texts or responses, or train a small one from scratch; writes a run directory."""
+
+    data: str
+    """What to learn: a .jsonl file of demonstrations, conversations, texts or preferences (the chosen response), see
+    docs/data.md, or a .txt file."""
+    model: str | None = None
+    """Model to fine-tune: a packaged name (tiny-reviews), a directory, a run directory, a hub id or a .gguf file."""
+    scratch: Literal["transformer", "lstm"] | None = None
+    """Begin with a new small model in place of --model."""
+    tokenizer: str | None = None
+    """Tokenizer of the new model: a packaged model, a directory or a hub id; one is trained on the data when left out."""
+    vocab_size: int = 1024
+    """Tokens of a tokenizer that is trained."""
+    hidden_size: int = 128
+    """Width of the new model."""
+    num_layers: int | None = None
+    """Layers of the new model; 4 of a transformer and 1 of an LSTM when left out."""
+    num_heads: int = 4
+    """Attention heads of a new transformer."""
+    max_tokens: int | None = None
+    """Longest example in tokens, and the context of a new transformer: 256 of a new model, the model's context but at most
+    512 otherwise when left out. Longer texts become several examples."""
+    truncate: Literal["right"] | None = None
+    """Cut longer responses from the right; when left out they are an error."""
+    eval: str | None = None
+    """File like --data to measure the perplexity with after each epoch; a part of the data when left out."""
+    eval_share: float | None = None
+    """Share of the prompts to hold out for that (of a single text its end); 0.1 when left out, 0 holds out nothing."""
+    lora: int | None = None
+    """Train a LoRA adapter of this rank and not the model."""
+    merge: bool = False
+    """Write the adapter's whole model to merged/, too."""
+    num_epochs: int = 3
+    """Passes over the data."""
+    batch_size: int = 16
+    """Examples of an optimiser step."""
+    learning_rate: float | None = None
+    """When left out 0.003 of a new model, 0.001 of an adapter, else 0.0001."""
+    config: tuple[str, ...] = ()
+    """Further settings as name=value: micro_batch_size, lr_schedule (cosine, linear, constant), warmup_share, weight_decay,
+    max_grad_norm, dtype."""
+    seed: int = 0
+    """Seed of all randomness."""
+    device: str = "auto"
+    """cpu, cuda, ...; auto takes a GPU where there is one."""
+    out: str
+    """Run directory to write, for instance runs/x."""
+    checkpoint_every: int = 100
+    """Steps between two checkpoints."""
+    overwrite: bool = False
+    """Delete an earlier run in the same directory."""
+    resume: bool = False
+    """Go on from the checkpoint of an earlier run in the same directory."""
+    progress_bar: bool = True
+    """Show a progress bar."""
+
+    def __post_init__(self):
+        if (self.model is None) == (self.scratch is None):
+            raise ValueError("give either --model, to fine-tune one, or --scratch, to begin with a new one")
+        if self.tokenizer is not None and self.scratch is None:
+            raise ValueError("--tokenizer goes with --scratch: a model that is fine-tuned brings its own")
+        if self.merge and self.lora is None:
+            raise ValueError("--merge goes with --lora: there is no adapter to merge")
+        if self.eval is not None and self.eval_share:
+            raise ValueError("--eval and --eval-share exclude each other: leave one of them out")
+        for name in ("num_epochs", "batch_size", "checkpoint_every"):
+            _at_least(name, getattr(self, name), 1)
+
+
+@dataclass(frozen=True, kw_only=True)
 class Evaluate(TaskOptions):
     """Score a language model on prompts, with a confidence interval."""
 
@@ -235,6 +306,7 @@ class Verb(NamedTuple):
 
 VERBS = {
     "demo": Verb(Demo, "rlhf_gym.cli.demo"),
+    "sft": Verb(SFT, "rlhf_gym.cli.sft"),
     "train": Verb(Train, "rlhf_gym.cli.train"),
     "evaluate": Verb(Evaluate, "rlhf_gym.cli.evaluate"),
     "generate": Verb(Generate, "rlhf_gym.cli.generate"),

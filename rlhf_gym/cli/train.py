@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import signal
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -74,23 +74,37 @@ def help_training(agent: Any, make_agent: Any, envs: Any, options: Train) -> int
 
 
 def train_agent(
-    agent: Any, run_directory: RunDirectory, total_timesteps: int, checkpoint_every: int, progress_bar: bool
+    agent: Any,
+    run_directory: RunDirectory,
+    duration: int,
+    checkpoint_every: int,
+    progress_bar: bool,
+    print_metrics: Callable[[Any, Mapping[str, float]], None] | None = None,
 ) -> StopRequest:
-    """Train, write metrics and checkpoints, and leave the agent in ``model/`` whatever ends the training."""
+    """Train, write metrics and checkpoints, and leave the agent in ``model/`` whatever ends the training.
+
+    Args:
+        agent: An agent, or whatever learns, saves and counts its tokens as one.
+        run_directory: Where to write.
+        duration: What ``agent.learn`` takes: tokens or epochs.
+        checkpoint_every: Updates between two checkpoints.
+        progress_bar: Show a bar, or where none can be drawn a line for each update.
+        print_metrics: Prints that line; None is `print_update`.
+    """
     resume_at = agent.num_timesteps if run_directory.has_checkpoint else None
     with MetricsWriter(run_directory.path, resume_at=resume_at) as writer, stop_on_signal() as stop:
         try:
             callbacks = [writer, run_directory.checkpoint(checkpoint_every), stop]
             drawn = progress_bar and sys.stderr.isatty()  # a bar in a log file is thousands of lines in one
-            callbacks += [print_update] if progress_bar and not drawn else []
-            agent.learn(total_timesteps, callback=callbacks, progress_bar=drawn)
+            callbacks += [print_metrics or print_update] if progress_bar and not drawn else []
+            agent.learn(duration, callback=callbacks, progress_bar=drawn)
         except Exception as error:
             # A reward that fails after an hour must not cost the hour.
             if agent.num_timesteps == 0:
                 raise
             try:
                 run_directory.save(agent)
-                saved = f"the agent at {agent.num_timesteps} tokens is saved in {run_directory.model}"
+                saved = f"the model at {agent.num_timesteps} tokens is saved in {run_directory.model}"
             except ValueError as refusal:
                 if str(refusal) == str(error):
                     raise
@@ -106,7 +120,7 @@ def train_agent(
 def report_stop(stop: StopRequest, agent: Any, run_directory: RunDirectory, advice: str = "") -> int:
     """Say in one line what a signal has stopped and where the work is; returns the exit code."""
     name = "interrupted" if stop.signal == signal.SIGINT else "terminated"
-    where = f"the agent is saved in {run_directory.model}"
+    where = f"the model is saved in {run_directory.model}"
     print(f"rlhf-gym: {name} at {agent.num_timesteps} tokens; {where}{advice}", file=sys.stderr)
     return 128 + (stop.signal or 0)
 

@@ -16,6 +16,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from . import lstm  # noqa: F401 - registers its model type
+from .lora import base_of, merge_lora
 
 PACKAGED_MODELS: dict[str, Path] = {"tiny-reviews": Path(__file__).parents[1] / "tasks" / "tiny_reviews" / "model"}
 """Models that come with the package: name -> directory."""
@@ -79,10 +80,10 @@ def load_language_model(
     """Loads a causal language model, frozen and in eval mode. Weights come from safetensors, and no remote code runs.
 
     Args:
-        model: The name of a packaged model ("tiny-reviews"), a directory, an id on the Hugging Face hub, a ".gguf"
-            file, a model object (used as it is: moved or cast only when ``device`` or ``dtype`` say so; it is put in
-            eval mode and its parameters stop requiring gradients), or a `LanguageModel` (returned as it is; the other
-            arguments must not ask for anything else).
+        model: The name of a packaged model ("tiny-reviews"), a directory (also one of a LoRA adapter, which is merged into
+            its base model), an id on the Hugging Face hub, a ".gguf" file, a model object (used as it is: moved or cast
+            only when ``device`` or ``dtype`` say so; it is put in eval mode and its parameters stop requiring gradients),
+            or a `LanguageModel` (returned as it is; the other arguments must not ask for anything else).
         tokenizer: The same choices, or a tokenizer object; None is the one beside the model.
         device: Where to put the model; "auto" is CUDA where there is one, else the CPU.
         dtype: What to compute in, "float32" or "bfloat16" for instance; "auto" is bfloat16 on a CUDA device that has
@@ -278,6 +279,8 @@ def is_reachable(url: str) -> bool:
 
 
 def _load_model(source: Source, dtype: torch.dtype) -> PreTrainedModel:
+    if source.path is not None and (base := base_of(source.path)) is not None:
+        return merge_lora(_load_model(find_source("base model", base), dtype), source.path)
     where, arguments = source.arguments()
     is_gguf = "gguf_file" in arguments
     if source.path is not None and not is_gguf and not (source.path / "config.json").is_file():
