@@ -2,6 +2,7 @@
 
 from .classify import classifier
 from .content_filter import content_filter
+from .human import human
 from .inputs import RewardError, RewardInputs, Scores
 from .judge import judge
 from .lexicon import sentiment
@@ -26,6 +27,7 @@ __all__ = [
     "clip",
     "content_filter",
     "exact_match",
+    "human",
     "judge",
     "keyword",
     "length",

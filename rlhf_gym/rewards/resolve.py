@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from .classify import classifier
 from .function import FunctionReward
+from .human import human
 from .inputs import RewardError
 from .lexicon import sentiment
 from .likelihood import reference_logprob
@@ -39,6 +40,7 @@ NAMED: dict[str, Callable[[], Callable[..., Any]]] = {
     "bleu": bleu,
     "chrf": chrf,
     "exact_match": exact_match,
+    "human": human,
     "length": length,
     "numeric_answer": numeric_answer,
     "reference_logprob": reference_logprob,
@@ -70,8 +72,8 @@ def as_reward(spec: Any, *, language_model: LanguageModel | None = None) -> Rewa
             * a function, sync or async: ``f(prompts, completions, **columns) -> list`` (TRL's signature), ``f(text) ->
               float`` or ``f(prompt, response) -> float``; how it is told is in :mod:`rlhf_gym.rewards.signature`. A
               true attribute ``dense`` says that it returns one number per token;
-            * a name: "bleu", "chrf", "exact_match", "length", "numeric_answer", "reference_logprob", "repetition",
-              "rouge_l", "sentiment", "tiny-reviews" or "token_f1";
+            * a name: "bleu", "chrf", "exact_match", "human", "length", "numeric_answer", "reference_logprob",
+              "repetition", "rouge_l", "sentiment", "tiny-reviews" or "token_f1";
             * "module:function" or "path/to/file.py:function", which imports, and so runs, that code;
             * a sequence classifier: its directory or hub id, or the model;
             * a dict of weights ``{reward: weight}``, or ``{"term": (reward, weight)}`` to name the terms of the ledger;
