@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
 from rlhf_gym.cli.data_options import DataCheck, DataClean, DataSplit
+from rlhf_gym.cli.feedback_options import FeedbackExport, FeedbackForget, FeedbackStatus, Label
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -315,6 +316,10 @@ VERBS = {
     "data check": Verb(DataCheck, "rlhf_gym.cli.data_check", positional=True),
     "data clean": Verb(DataClean, "rlhf_gym.cli.data_clean", positional=True),
     "data split": Verb(DataSplit, "rlhf_gym.cli.data_split", positional=True),
+    "label": Verb(Label, "rlhf_gym.cli.label"),
+    "feedback status": Verb(FeedbackStatus, "rlhf_gym.cli.feedback_status", positional=True),
+    "feedback export": Verb(FeedbackExport, "rlhf_gym.cli.feedback_export", positional=True),
+    "feedback forget": Verb(FeedbackForget, "rlhf_gym.cli.feedback_forget", positional=True),
     "doctor": Verb(Doctor, "rlhf_gym.cli.doctor"),
 }
 

@@ -237,7 +237,9 @@ class _Pages:
     def not_saved(self, request: Request, error: Exception) -> Response:
         """The disk is full, or the file is held by another program."""
         logging.getLogger(__name__).error("the store failed: %s", error)
-        return self._message(503, "Your answer was not saved. Go back and send it again: it cannot count twice.")
+        return self._message(
+            503, "The store did not answer. Go back and send what you sent again: it cannot count twice."
+        )
 
     def broken(self, request: Request, error: Exception) -> Response:
         """A fault of ours; Starlette logs it."""
