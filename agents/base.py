@@ -5,12 +5,11 @@ An algorithm is a subclass with a frozen ``config_class`` and one method, ``upda
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import dataclasses
 import json
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -24,7 +23,7 @@ from rlhf_gym import __version__
 from rlhf_gym.atomic import replaced_directory, verified_files
 from rlhf_gym.kl import AdaptiveKL
 from rlhf_gym.lm import load_language_model, make_engine, sample_tokens
-from rlhf_gym.lm.load import vocab_size
+from rlhf_gym.lm.load import no_loading_bars, vocab_size
 from rlhf_gym.lm.precision import MasterWeights, compute_dtype
 
 from . import parallel
@@ -268,7 +267,7 @@ class Agent:
 
         The directory appears whole or not at all, whenever the process dies; one that was there before is replaced.
         """
-        with replaced_directory(directory) as folder, self.optimizer.master_precision(), _no_loading_bars():
+        with replaced_directory(directory) as folder, self.optimizer.master_precision(), no_loading_bars():
             self.policy.model.save_pretrained(folder)
             for name, model in self._other_models().items():
                 model.save_pretrained(folder / name)
@@ -313,7 +312,7 @@ class Agent:
         state = json.loads((folder / "trainer_state.json").read_text())
         if state["agent"] != cls.__name__:
             raise ValueError(f"{directory} holds a {state['agent']}, not a {cls.__name__}; load it with that class")
-        with _no_loading_bars():
+        with no_loading_bars():
             interval = state.get("audit_interval", 10)  # older agents have none
             agent = cls(env, policy=str(folder), seed=state["seed"], audit_interval=interval, **state["config"])
         for name, model in agent._other_models().items():
@@ -334,20 +333,6 @@ class Agent:
         agent._started = agent.num_updates > 0 and _restore_prompt_order(env.unwrapped, state["prompt_order"])
         agent.state = state["state"]
         return agent
-
-
-@contextlib.contextmanager
-def _no_loading_bars() -> Iterator[None]:
-    """The bars that transformers draws for each file would break up our own."""
-    from transformers.utils import logging
-
-    enabled = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        if enabled:
-            logging.enable_progress_bar()
 
 
 def _restore_prompt_order(base: Any, states: list[Any] | None) -> bool:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import importlib
 import os
 import threading
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -276,6 +278,18 @@ def is_reachable(url: str) -> bool:
     threading.Thread(target=ask, daemon=True).start()
     done.wait(_HUB_TIMEOUT_S)
     return answered.is_set()
+
+
+@contextlib.contextmanager
+def no_loading_bars() -> Iterator[None]:
+    """The bars that transformers draws for each file would break up our own."""
+    enabled = transformers.logging.is_progress_bar_enabled()
+    transformers.logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if enabled:
+            transformers.logging.enable_progress_bar()
 
 
 def _load_model(source: Source, dtype: torch.dtype) -> PreTrainedModel:

@@ -50,7 +50,9 @@ def add_lora(model: PreTrainedModel, rank: int, *, base: str, seed: int = 0) -> 
     config = peft.LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear", task_type="CAUSAL_LM")
     model.requires_grad_(False)
     with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
-        warnings.simplefilter("ignore", FutureWarning)  # what the two libraries owe each other
+        warnings.simplefilter(
+            "ignore"
+        )  # what the two libraries owe each other, and how GPT-2's layers hold their weights
         torch.manual_seed(seed)
         try:
             model.add_adapter(config, _NAME)

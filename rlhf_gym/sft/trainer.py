@@ -26,6 +26,7 @@ from rlhf_gym import __version__
 from rlhf_gym.atomic import replaced_directory, verified_files
 from rlhf_gym.lm import LanguageModel, load_language_model
 from rlhf_gym.lm.engine import inference
+from rlhf_gym.lm.load import no_loading_bars
 from rlhf_gym.lm.lora import has_lora, load_lora, save_lora
 from rlhf_gym.lm.precision import MasterWeights, compute_dtype
 from rlhf_gym.rules import COUNT, COUNT_OR_NONE, NOT_NEGATIVE, POSITIVE, SHARE, check_fields, one_of
@@ -236,7 +237,7 @@ class Trainer:
         A whole model is also one that ``AutoModelForCausalLM.from_pretrained`` loads; an adapter is saved alone, with the
         name of its base. The directory appears whole or not at all, whenever the process dies; an earlier one is replaced.
         """
-        with replaced_directory(directory) as folder, self.optimizer.master_precision():
+        with replaced_directory(directory) as folder, self.optimizer.master_precision(), no_loading_bars():
             if has_lora(self.model):
                 save_lora(self.model, folder)
             else:
