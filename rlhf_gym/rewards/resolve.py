@@ -75,7 +75,7 @@ def as_reward(spec: Any, *, language_model: LanguageModel | None = None) -> Rewa
             * a name: "bleu", "chrf", "exact_match", "human", "length", "numeric_answer", "reference_logprob",
               "repetition", "rouge_l", "sentiment", "tiny-reviews" or "token_f1";
             * "module:function" or "path/to/file.py:function", which imports, and so runs, that code;
-            * a sequence classifier: its directory or hub id, or the model;
+            * a sequence classifier: its directory or hub id, or the model; the directory of an ensemble of them;
             * a dict of weights ``{reward: weight}``, or ``{"term": (reward, weight)}`` to name the terms of the ledger;
             * a :class:`Reward`.
         language_model: The environment's reference, for the terms that wait for one.
@@ -96,6 +96,8 @@ def _resolve(spec: Any) -> Reward:
         return spec
     if isinstance(spec, (str, Path)):
         function = _from_string(os.fspath(spec))
+        if isinstance(function, Reward):
+            return function
     elif isinstance(spec, Mapping):
         return WeightedSum([_weighted(key, value) for key, value in spec.items()])
     elif hasattr(getattr(spec, "config", None), "id2label") and hasattr(spec, "parameters"):
@@ -148,7 +150,7 @@ def _from_string(spec: str) -> Callable[..., Any]:
         )
     path = Path(spec).expanduser()
     if path.is_dir():
-        return classifier(str(path))
+        return _from_directory(path)
     if colon and all(part.isidentifier() for part in place.split(".")):
         return _attribute(_import_module(place), attribute, spec)
     if spec.count("/") == 1 and not colon and not spec.startswith((".", "/", "~")):
@@ -161,6 +163,12 @@ def _from_string(spec: str) -> Callable[..., Any]:
     raise ValueError(
         f'reward: there is no reward named {spec!r}; {hint} Your own is "module:function" or "file.py:function"'
     )
+
+
+def _from_directory(path: Path) -> Any:
+    from .ensemble import ENSEMBLE_FILE, ensemble  # which needs this module
+
+    return ensemble(path) if (path / ENSEMBLE_FILE).is_file() else classifier(str(path))
 
 
 def _import_module(name: str) -> ModuleType:
