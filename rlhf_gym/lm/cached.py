@@ -12,6 +12,7 @@ from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 from transformers.cache_utils import Cache, StaticLayer
 
+from .blocks import attention_windows
 from .engine import inference
 from .forward import forward_at
 from .recompute import ModelEngine
@@ -107,22 +108,6 @@ class RaggedKV(ModelEngine):
                 dtype = self.model.dtype
                 masks[kind] = torch.where(masks[kind], 0.0, torch.finfo(dtype).min).to(dtype)
         return masks if len(masks) > 1 else next(iter(masks.values()))
-
-
-def attention_windows(config) -> dict[str, int | None]:
-    """How many tokens back each kind of attention layer sees, itself included; None is all of them.
-
-    Args:
-        config: The configuration of a text model.
-
-    Returns:
-        One entry per kind of layer in the model, under the name that its masks go by.
-    """
-    window = getattr(config, "sliding_window", None)
-    kinds = list(dict.fromkeys(getattr(config, "layer_types", None) or []))
-    if not kinds:
-        return {"attention": window}
-    return {kind: window if kind == "sliding_attention" else None for kind in kinds}
 
 
 def _cache_of_one_token(model: PreTrainedModel) -> list[tuple[Tensor, Tensor]]:

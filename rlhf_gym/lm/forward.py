@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from . import packed
 from .engine import inference
 from .load import vocab_size
 from .matmul import fast_linear
@@ -42,6 +43,9 @@ def forward_at(model: PreTrainedModel, ids: Tensor, rows: Tensor, columns: Tenso
         Logits (..., V) and the head's input (..., d), or None for a model without an output embedding, both of the
         broadcast shape of ``rows`` and ``columns``; and the model's whole output.
     """
+    if packed.supports(model, kwargs):
+        logits, hidden = packed.packed_forward(model, ids, rows, columns)
+        return logits, hidden, None
     kwargs.setdefault("attention_mask", torch.ones_like(ids))
     picked: list[Tensor] = []
 

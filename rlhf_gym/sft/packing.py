@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from rlhf_gym.lm.cached import attention_windows
+from rlhf_gym.lm.blocks import attention_windows
 from rlhf_gym.lm.engine import inference
 from rlhf_gym.lm.forward import forward_at
 
