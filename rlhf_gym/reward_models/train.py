@@ -109,7 +109,12 @@ def train_reward_model(
         "members": trainer.histories,
     }
     trained = RewardModel(tuple(members), examples.kind, rule, std_coef, details)
-    return trained
+    if evaluation is None:
+        return trained
+    from .report import make_report
+
+    report = make_report(trained, evaluation, examples if baselines else None, gold=gold)
+    return dataclasses.replace(trained, report=report)
 
 
 class _Trainer:
