@@ -18,7 +18,7 @@ from worlds import make_envs, model, tokenizer
 from rlhf_gym.lm import load_language_model, scratch
 from rlhf_gym.lm.forward import forward_at
 from rlhf_gym.lm.lora import lora_off
-from rlhf_gym.sft import Example, Trainer, can_pack, lay_out, make_trainer, micro_batches, token_losses, train
+from rlhf_gym.sft import Example, Ngram, Trainer, can_pack, lay_out, make_trainer, micro_batches, token_losses, train
 from rlhf_gym.sft.packing import first_fit
 
 ROWS = [{"prompt": p, "completion": c} for p in ("the cat", "a dog sat", "the") for c in ("good and very good", "bad")]
@@ -357,3 +357,28 @@ def test_what_lora_cannot_do_is_said():
 def test_bad_arguments_are_refused(options, says):
     with pytest.raises((ValueError, TypeError), match=says):
         make_trainer(ROWS, model=model(), tokenizer=tokenizer(), **options)
+
+
+# ---- the baseline
+
+
+def test_the_ngram_by_hand():
+    """Two texts, "1 2 3" and "1 2 4" of 5 tokens, D = 1/2, up to trigrams."""
+    counted = Ngram([Example((1, 2, 3), 1, 5.0), Example((1, 2, 4), 1, 5.0)], 5, order=3, discount=0.5)
+    # No context: 2, 3 and 4 were each seen after one token: 3 types of 3 in all.
+    assert counted.probability((), 3) == pytest.approx((0.5 + 0.5 * 3 / 5) / 3)
+    assert counted.probability((), 0) == pytest.approx(0.5 * 3 / 5 / 3)
+    # After 2, seen after one token each: 3 and 4. After 1 2: 3 and 4, once each.
+    after_2 = (0.5 + 0.5 * 2 * (0.5 + 0.5 * 3 / 5) / 3) / 2
+    assert counted.probability((2,), 3) == pytest.approx(after_2)
+    assert counted.probability((0, 1, 2), 3) == pytest.approx((0.5 + 0.5 * 2 * after_2) / 2)
+    # After 1, twice: 2.
+    assert counted.probability((1,), 2) == pytest.approx((1.5 + 0.5 * (0.5 + 0.5 * 3 / 5) / 3) / 2)
+    found = counted.evaluate([Example((0, 0), 1, 1.0)])
+    assert found["loss"] == pytest.approx(-math.log(0.1)) and found["bits_per_byte"] == pytest.approx(math.log2(10))
+
+
+def test_the_ngram_is_a_distribution():
+    counted = Ngram(random_examples(shapes=((40, 1), (30, 5))), V)
+    for context in ((), random_examples()[0].ids[:3], (1, 1, 1)):
+        assert sum(counted.probability(context, token) for token in range(V)) == pytest.approx(1)

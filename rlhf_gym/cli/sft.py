@@ -19,10 +19,12 @@ from rlhf_gym.lm.load import max_context
 from rlhf_gym.lm.scratch import new_model, train_tokenizer
 from rlhf_gym.plots import plot_run
 from rlhf_gym.runs import RunDirectory, machine, read_metrics
-from rlhf_gym.sft import Example, Trainer, hold_out, make_trainer, read_texts
+from rlhf_gym.sft import Example, Ngram, Trainer, hold_out, make_trainer, read_texts
 
 _NUM_SAMPLES, _SAMPLE_TOKENS, _OPENING_TOKENS = 8, 64, 16
 _SCRATCH_MAX_TOKENS = 256
+_ORDER, _MOST_COUNTED = 4, 2_000_000  # some 10 s and 1 GB
+_NGRAM = f"{_ORDER}-gram of the same tokens"
 _PANELS = (("train/loss", "training loss (nats per token)"), ("eval/perplexity", "held-out perplexity"))
 
 
@@ -52,24 +54,30 @@ def run(options: SFT) -> int:
     if stop.signal is not None and trainer.num_steps < options.num_epochs * trainer.steps_per_epoch:
         return report_stop(stop, trainer, run_directory, "; the same command with --resume goes on")
 
-    after = trainer.evaluate() if trainer.eval_examples else {}
+    after, ngram = (trainer.evaluate(), _baseline(trainer)) if trainer.eval_examples else ({}, {})
     run_directory.write_samples("after", sample(trainer, options.seed))
-    write_json(evaluation, {"before": before, "after": after, "epochs": trainer.history})
+    write_json(evaluation, {"before": before, "after": after, "ngram": ngram, "epochs": trainer.history})
     if options.merge:
         merged = load_language_model(run_directory.model, device="cpu", dtype="float32")
         with replaced_directory(run_directory.path / "merged") as folder:
             merged.model.save_pretrained(folder)
             merged.tokenizer.save_pretrained(folder)
+    columns = {name: found for name, found in (("before", before), ("after", after), (_NGRAM, ngram)) if found}
     metrics = read_metrics(run_directory.path / "metrics.csv")
     plot_run({"sft": metrics}, run_directory.plots / "curves.png", _PANELS)
-    (run_directory.path / "README.md").write_text(model_card(options, trainer, before, after), encoding="utf-8")
-    for name, numbers in (("before", before), ("after", after)):
-        if numbers:
-            print(
-                f"held out, {name}: perplexity {numbers['perplexity']:.3f}, {numbers['bits_per_byte']:.3f} bits per byte"
-            )
+    (run_directory.path / "README.md").write_text(model_card(options, trainer, columns), encoding="utf-8")
+    for name, found in columns.items():
+        print(f"held out, {name}: perplexity {found['perplexity']:.3f}, {found['bits_per_byte']:.3f} bits per byte")
     print(f"run directory: {run_directory.path}")
     return 0
+
+
+def _baseline(trainer: Trainer) -> dict[str, float]:
+    """What counting the same tokens gives; nothing where there are too many to count here."""
+    if sum(example.num_tokens for example in trainer.examples) > _MOST_COUNTED:
+        return {}
+    vocab_size = trainer.model.config.get_text_config().vocab_size
+    return Ngram(trainer.examples, vocab_size, order=_ORDER).evaluate(trainer.eval_examples)
 
 
 def _make_trainer(options: SFT) -> Trainer:
@@ -168,13 +176,15 @@ def _opening(example: Example) -> int:
     return max(1, min(_OPENING_TOKENS, len(example.ids) // 2))
 
 
-def model_card(options: SFT, trainer: Trainer, before: Mapping[str, float], after: Mapping[str, float]) -> str:
+def model_card(options: SFT, trainer: Trainer, columns: Mapping[str, Mapping[str, float]]) -> str:
     """The README of a run: how the model was made, how good it is, what it must not be used for."""
     base = options.model or f"a new {options.scratch}"
     lines = ["Nothing was held out."]
-    if after:
-        lines = ["| held out | before | after |", "| --- | --- | --- |"]
-        lines += [f"| {name.replace('_', ' ')} | {before[name]:.4f} | {after[name]:.4f} |" for name in after]
+    if columns:
+        lines = ["| " + " | ".join(["held out", *columns]) + " |", "| --- |" + " --- |" * len(columns)]
+        for name in ("loss", "perplexity", "bits_per_byte"):
+            numbers = [f"{found[name]:.4f}" for found in columns.values()]
+            lines.append("| " + " | ".join([name.replace("_", " "), *numbers]) + " |")
     settings = [f"- {name}: `{value}`" for name, value in as_dict(options).items() if value not in (None, (), [])]
     versions = ", ".join(f"{name} {version}" for name, version in machine()["packages"].items() if version)
     what = 'The model is in `model/` and loads with `AutoModelForCausalLM.from_pretrained("model")`'

@@ -4,12 +4,14 @@
 """
 
 from .examples import Example, Texts, hold_out, make_examples, read_texts
+from .ngram import Ngram
 from .packing import can_pack, lay_out, micro_batches, token_losses
 from .run import make_trainer, train
 from .trainer import SFTConfig, Trainer
 
 __all__ = [
     "Example",
+    "Ngram",
     "SFTConfig",
     "Texts",
     "Trainer",

@@ -32,6 +32,7 @@ from rlhf_gym.lm.precision import MasterWeights, compute_dtype
 from rlhf_gym.rules import COUNT, COUNT_OR_NONE, NOT_NEGATIVE, POSITIVE, SHARE, check_fields, one_of
 
 from .examples import Example
+from .ngram import measures
 from .packing import can_pack, micro_batches, token_losses
 
 Callback = Callable[["Trainer", dict[str, float]], Any]
@@ -221,13 +222,7 @@ class Trainer:
         with inference(self.model):
             for part in micro_batches(examples, size, pack=self.packs):
                 total += token_losses(self.model, part, pack=self.packs).double().sum().item()
-        loss = total / sum(example.num_tokens for example in examples)
-        num_bytes = sum(example.num_bytes for example in examples)
-        return {
-            "loss": loss,
-            "perplexity": math.exp(min(loss, 700.0)),  # float64 ends there
-            "bits_per_byte": total / math.log(2) / num_bytes if num_bytes else math.nan,
-        }
+        return measures(total, examples)
 
     # ---- saving
 
