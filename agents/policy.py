@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from rlhf_gym.lm import TokenFilter
-from rlhf_gym.lm.forward import forward_at
+from rlhf_gym.lm.forward import forward_at, logprobs_at
 
 from .functional import entropy_from_logits
 
@@ -95,13 +95,13 @@ class Policy(nn.Module):
         row, step = batch.response_mask.nonzero(as_tuple=True)
         columns = (batch.prompt_lengths[row] - 1 + step)[None]
         tokens = batch.response_ids[row, step]
-        logits, hidden, _ = forward_at(self.model, batch.ids, row[None], columns, use_cache=False)
-        logits = logits[0].float()
-        allowed = self._allowed(batch, logits, row, step)
-        logprobs = self.token_filter.token_logprobs(logits, tokens, allowed)
-        with torch.set_grad_enabled(with_entropy_gradient):
-            scaled = logits / self.token_filter.temperature
-            entropy = entropy_from_logits(scaled if allowed is None else scaled.masked_fill(~allowed, -torch.inf))
+        known = None
+        if not with_entropy_gradient:
+            known = logprobs_at(self.model, batch.ids, row, columns[0], tokens, self.token_filter, batch.allowed)
+        if known is not None:
+            logprobs, entropy, hidden = known[0], known[1], known[2][None]
+        else:
+            logprobs, entropy, hidden = self._by_logits(batch, row, step, columns, tokens, with_entropy_gradient)
         if self.critic is not None:
             hidden = forward_at(self.critic, batch.ids, row[None], columns, use_cache=False)[1]
         values = self.value(hidden[0])
@@ -109,6 +109,19 @@ class Policy(nn.Module):
             torch.zeros(batch.response_ids.shape, device=x.device).index_put((row, step), x)
             for x in (logprobs, values, entropy)
         )
+
+    def _by_logits(
+        self, batch: Batch, row: Tensor, step: Tensor, columns: Tensor, tokens: Tensor, with_entropy_gradient: bool
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Log-probs (N,), entropies (N,) and hidden states (1, N, d), for any model and any filter."""
+        logits, hidden, _ = forward_at(self.model, batch.ids, row[None], columns, use_cache=False)
+        logits = logits[0].float()
+        allowed = self._allowed(batch, logits, row, step)
+        logprobs = self.token_filter.token_logprobs(logits, tokens, allowed)
+        with torch.set_grad_enabled(with_entropy_gradient):
+            scaled = logits / self.token_filter.temperature
+            entropy = entropy_from_logits(scaled if allowed is None else scaled.masked_fill(~allowed, -torch.inf))
+        return logprobs, entropy, hidden
 
     def _allowed(self, batch: Batch, logits: Tensor, row: Tensor, step: Tensor) -> Tensor | None:
         if batch.allowed is not None:

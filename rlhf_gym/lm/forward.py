@@ -15,6 +15,7 @@ from torch import Tensor
 
 from . import packed
 from .engine import inference
+from .head import head_logprobs
 from .load import vocab_size
 from .matmul import fast_linear
 from .sampling import TokenFilter
@@ -69,6 +70,41 @@ def forward_at(model: PreTrainedModel, ids: Tensor, rows: Tensor, columns: Tenso
     if handle is None:
         return output.logits[rows, columns], None, output
     return output.logits, picked[0], output
+
+
+def logprobs_at(
+    model: PreTrainedModel,
+    ids: Tensor,
+    rows: Tensor,
+    columns: Tensor,
+    tokens: Tensor,
+    token_filter: TokenFilter,
+    allowed: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor] | None:
+    """Log-probabilities of given tokens, with no logits over the vocabulary kept.
+
+    Args:
+        model: A causal language model.
+        ids: Right-padded sequences. Shape (b, L), int64.
+        rows, columns: Where N tokens were chosen: the positions before them. Shape (N,), int64.
+        tokens: The tokens. Shape (N,), int64.
+        token_filter: How they were chosen.
+        allowed: Which tokens could be; None: all.
+
+    Returns:
+        Log-probabilities (N,) in nats, float32, differentiable once; entropies (N,) in nats, float32, not
+        differentiable; and the head's inputs (N, d). None for a model or a filter that this does not know:
+        `forward_at` does.
+    """
+    if (
+        allowed is not None
+        or token_filter.restricts
+        or not packed.supports(model, {})
+        or model.lm_head.bias is not None
+    ):
+        return None
+    hidden = packed.packed_hidden(model, ids, rows, columns)
+    return *head_logprobs(hidden, model.lm_head.weight, tokens, token_filter.temperature), hidden
 
 
 def response_logits(

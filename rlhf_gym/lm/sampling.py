@@ -50,9 +50,14 @@ class TokenFilter:
         return self.top_k is not None or self.top_p is not None
 
     @property
+    def restricts(self) -> bool:
+        """Whether some tokens may not be chosen."""
+        return self.uses_reference or self.allowed_tokens is not None
+
+    @property
     def is_trivial(self) -> bool:
         """Whether the distribution is the model's own."""
-        return self.temperature == 1 and not self.uses_reference and self.allowed_tokens is None
+        return self.temperature == 1 and not self.restricts
 
     def mask(self, reference_logits: Tensor, keep: Tensor | None = None) -> Tensor | None:
         """Which tokens may be chosen.
