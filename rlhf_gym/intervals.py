@@ -76,6 +76,36 @@ def share_estimate(happened: np.ndarray, prompt_index: np.ndarray) -> Estimate:
     return Estimate(p, min(p, centre - half), max(p, centre + half), float(means.std(ddof=1) / math.sqrt(n)))
 
 
+def binomial_upper_bound(events: int, trials: int, confidence: float = CONFIDENCE) -> float:
+    """One-sided upper bound of the probability of something that happened in so many of so many independent trials.
+
+    Exact: the true probability is above it in at most 5 % of repetitions, however small the numbers. 0 of n gives
+    1 - .05^(1/n), near 3 / n; 1 without a trial.
+
+    Args:
+        events: In 0 .. trials.
+        trials: >= 0.
+        confidence: In (0, 1).
+
+    Raises:
+        ValueError: If an argument is out of range.
+
+    Source:
+        Clopper and Pearson 1934, "The use of confidence or fiducial limits illustrated in the case of the binomial".
+
+    Example:
+        >>> round(binomial_upper_bound(0, 59), 3)  # 59 trials without one show "below 5 %"
+        0.049
+    """
+    from scipy.stats import beta
+
+    if not 0 <= events <= trials or not 0 < confidence < 1:
+        raise ValueError(
+            f"events must be in 0 .. trials and confidence in (0, 1), got {events} of {trials} at {confidence}"
+        )
+    return 1.0 if events == trials else float(beta.ppf(confidence, events + 1, trials - events))
+
+
 def bootstrap_estimate(
     statistic: Callable[[np.ndarray], float],
     sums: np.ndarray,

@@ -8,10 +8,16 @@ from pathlib import Path
 from typing import Any
 
 from rlhf_gym.cli.options import Evaluate
+from rlhf_gym.cli.red_team import run_red_team
 from rlhf_gym.cli.setup import make_envs, model_source, quiet_transformers
 from rlhf_gym.cli.tables import print_comparison
+from rlhf_gym.data import write_jsonl
 from rlhf_gym.evaluation import Evaluation, as_json, evaluate
 from rlhf_gym.lm import load_language_model
+from rlhf_gym.rewards.ensemble import Ensemble, disagreement
+from rlhf_gym.safety import review_queue
+
+DISAGREEMENT = "disagreement"
 
 
 def run(options: Evaluate) -> int:
@@ -19,14 +25,18 @@ def run(options: Evaluate) -> int:
     quiet_transformers()
     policy = load_language_model(model_source(options.model), device=options.device, dtype=options.dtype)
     source = options.reference or _own_reference(options.model)
-    envs = make_envs(options, num_envs=1, model=policy if source is None else model_source(source))
+    reference = policy if source is None else model_source(source)
     model = None if source is None else policy.model
+    if options.red_team is not None:
+        return run_red_team(options, model, reference)
+    envs = make_envs(options, num_envs=1, model=reference)
     arguments = {
         "num_episodes": options.num_episodes,
         "seed": options.seed,
         "greedy": options.greedy,
         "reference_column": options.reference_column,
         "perplexity_model": options.perplexity_model,
+        "others": _uncertainty(envs) if options.review_queue else None,
     }
     found = evaluate(model, envs, **arguments)
     columns = {options.model: found}
@@ -40,6 +50,8 @@ def run(options: Evaluate) -> int:
     if options.out is not None:
         lines = [json.dumps(sample, ensure_ascii=False) + "\n" for sample in found.samples]
         Path(options.out).write_text("".join(lines), encoding="utf-8")
+    if options.review_queue is not None:
+        _write_review_queue(options, found, columns.get("reference"))
     if options.json:
         print(json.dumps(_as_json(found, columns.get("reference"))))
         return 0
@@ -49,7 +61,26 @@ def run(options: Evaluate) -> int:
         print("BLEU and chrF need sacrebleu: pip install rlhf_gym[metrics]")
     if options.out is not None:
         print(f"samples: {options.out}")
+    if options.review_queue is not None:
+        print(f"to be judged: rlhf-gym label --file {options.review_queue} --order-by priority")
     return 0
+
+
+def _uncertainty(envs: Any) -> dict[str, Any]:
+    """How far the members of an ensemble disagree, where the reward is one."""
+    reward = envs.unwrapped.reward
+    return {DISAGREEMENT: disagreement(reward)} if isinstance(reward, Ensemble) else {}
+
+
+def _write_review_queue(options: Evaluate, found: Evaluation, reference: Evaluation | None) -> None:
+    rows = review_queue(
+        found.samples,
+        None if reference is None else reference.samples,
+        size=options.review_size,
+        uncertainty=DISAGREEMENT if DISAGREEMENT in found.others else None,
+    )
+    sampling = {"temperature": options.temperature, "greedy": options.greedy, "seed": options.seed}
+    write_jsonl(options.review_queue, [{**row, "checkpoint": options.model, "sampling": sampling} for row in rows])
 
 
 def _as_json(found: Evaluation, reference: Evaluation | None) -> dict[str, Any]:

@@ -8,6 +8,7 @@ from typing import Literal, NamedTuple
 
 from rlhf_gym.cli.data_options import DataCheck, DataClean, DataSplit
 from rlhf_gym.cli.feedback_options import FeedbackExport, FeedbackForget, FeedbackStatus, Label
+from rlhf_gym.cli.safety_options import SafetyOptions
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,8 +68,11 @@ class Train(TaskOptions):
     """Further settings of the agent as name=value, for instance num_epochs=4 vf_coef=0.1."""
     out: str
     """Run directory to write, for instance runs/x."""
+    mix: str | None = None
+    """Further prompts as FILE:SHARE, for instance attacks.jsonl:0.2, such that this share of the episodes is theirs; rows
+    with "held_out": true are left out."""
     eval_prompts: str | None = None
-    """Held-out prompts for the evaluation before and after; the training prompts when left out."""
+    """Held-out prompts for the evaluation before and after; --prompts when left out."""
     eval_episodes: int = 128
     """Responses in each of the two evaluations."""
     checkpoint_every: int = 10
@@ -158,7 +162,7 @@ class SFT:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Evaluate(TaskOptions):
+class Evaluate(SafetyOptions, TaskOptions):
     """Score a language model on prompts, with a confidence interval."""
 
     reference: str | None = None
@@ -183,6 +187,10 @@ class Evaluate(TaskOptions):
         super().__post_init__()
         if self.num_episodes is not None:
             _at_least("num_episodes", self.num_episodes, 1)
+        _at_least("attempts", self.attempts, 1)
+        _at_least("review_size", self.review_size, 1)
+        if self.red_team is not None and self.review_queue is not None:
+            raise ValueError("--review-queue is of the samples on --prompts; give it without --red-team")
 
 
 @dataclass(frozen=True, kw_only=True)

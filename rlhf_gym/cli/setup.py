@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import importlib
 import json
+import math
 import re
 from pathlib import Path
 from typing import Any
@@ -58,18 +59,44 @@ def parse_reward(specs: tuple[str, ...]) -> Any:
     return specs[0] if len(specs) == 1 and specs[0] in weights else weights
 
 
-def make_envs(options: TaskOptions, *, num_envs: int, model: Any = None, **more: Any) -> gym.vector.VectorEnv:
-    """The vector environment of the options."""
+def make_envs(
+    options: TaskOptions, *, num_envs: int, model: Any = None, prompts: Any = None, **more: Any
+) -> gym.vector.VectorEnv:
+    """The vector environment of the options; ``model`` and ``prompts`` take the place of theirs."""
     task = {name: getattr(options, name) for name in _TASK_ARGUMENTS}
     return gym.make_vec(
         "rlhf_gym/TextGeneration-v0",
         num_envs=num_envs,
         model=model_source(options.model) if model is None else model,
-        prompts=options.prompts,
+        prompts=options.prompts if prompts is None else prompts,
         reward=parse_reward(options.reward),
         **task,
         **more,
     )
+
+
+def mixed_prompts(options: TaskOptions, mix: str | None) -> list[dict[str, Any]] | None:
+    """The prompts of the options with those of ``--mix FILE:SHARE`` among them; None without it.
+
+    Raises:
+        ValueError: If it is not of this form, or the share cannot be had.
+        FileNotFoundError: If there is no such file.
+    """
+    from rlhf_gym.envs.prompts import read_prompts
+    from rlhf_gym.safety.mixing import mix_prompts
+
+    if mix is None:
+        return None
+    file, _, share = mix.rpartition(":")
+    try:
+        wanted = float(share)
+    except ValueError:
+        wanted = math.nan
+    if not file or not 0 < wanted < 1:
+        raise ValueError(
+            f"--mix takes FILE:SHARE with a share above 0 and below 1, for instance a.jsonl:0.2, got {mix!r}"
+        )
+    return mix_prompts(read_prompts(options.prompts), read_prompts(file), wanted)
 
 
 def agent_class(name: str) -> Any:

@@ -11,7 +11,7 @@ from typing import Any
 
 from rlhf_gym.atomic import write_json
 from rlhf_gym.cli.options import Train, as_dict
-from rlhf_gym.cli.setup import agent_class, make_envs, model_source, parse_config, quiet_transformers
+from rlhf_gym.cli.setup import agent_class, make_envs, mixed_prompts, model_source, parse_config, quiet_transformers
 from rlhf_gym.cli.signals import StopRequest, stop_on_signal
 from rlhf_gym.cli.tables import print_comparison
 from rlhf_gym.evaluation import evaluate, evaluation_process
@@ -31,8 +31,10 @@ def run(options: Train) -> int:
     config = parse_config(options.config)
     if options.learning_rate is not None:
         config["learning_rate"] = options.learning_rate
-    envs = make_envs(options, num_envs=options.num_envs, kl_coef=options.kl_coef)
-    evaluation_process(envs, options.eval_prompts)
+    mixed = mixed_prompts(options, options.mix)
+    envs = make_envs(options, num_envs=options.num_envs, prompts=mixed, kl_coef=options.kl_coef)
+    eval_prompts = options.eval_prompts if mixed is None else options.eval_prompts or options.prompts
+    evaluation_process(envs, eval_prompts)
     agent = make_agent(envs, seed=options.seed, **config)
     if parallel.size() > 1 and not hasattr(agent, "collector"):
         raise ValueError(f"--agent {options.agent} runs in one process; leave torchrun out, or take ppo")
@@ -44,7 +46,7 @@ def run(options: Train) -> int:
         print(f"going on from {agent.num_timesteps} tokens", flush=True)
 
     # The same episodes and random numbers before and after, so that their difference is less noisy.
-    held_out = {"prompts": options.eval_prompts, "num_episodes": options.eval_episodes, "seed": options.seed}
+    held_out = {"prompts": eval_prompts, "num_episodes": options.eval_episodes, "seed": options.seed}
     before = evaluate(None, envs, **held_out)
     run_directory.write_samples("before", before.samples)
     stop = train_agent(agent, run_directory, options.total_timesteps, options.checkpoint_every, options.progress_bar)
