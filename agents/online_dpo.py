@@ -104,7 +104,8 @@ class OnlineDPO(Agent):
         num_differing = differs.sum().clamp(min=1)
         margins = kl_coef * (log_ratios[:, 0] - log_ratios[:, 1]).detach() * difference.sign()  # better minus worse
         stats = {
-            "accuracy": (margins > 0).sum() / num_differing,
+            # A policy that has not moved is right about nothing: log-ratios of less are rounding.
+            "accuracy": (margins > kl_coef * 1e-4).sum() / num_differing,
             "margin": margins.sum() / num_differing,
             "equal_pairs": 1 - differs.float().mean(),
             "approx_kl": approx_kl(logprobs.detach(), batch.logprobs, mask),
