@@ -15,7 +15,7 @@ BLOCKS = re.findall(r"^```python\n(.*?)^```", PAGE.read_text(encoding="utf-8"), 
 
 def test_page_without_models():
     scope: dict = {}
-    assert len(BLOCKS) == 7
+    assert len(BLOCKS) == 10
     for block in BLOCKS[1:]:
         exec(compile(block, str(PAGE), "exec"), scope)
     assert scope["short"].names == ("keyword", "clip", "length_penalty")
@@ -30,7 +30,7 @@ def test_page_with_the_environment():
     envs.close()
 
 
-@pytest.mark.parametrize("module", ["text", "lexicon", "references", "numeric", "content_filter"])
+@pytest.mark.parametrize("module", ["text", "lexicon", "references", "numeric", "content_filter", "judge", "unit_tests"])
 def test_docstrings(module):
     if module == "references":
         pytest.importorskip("sacrebleu")

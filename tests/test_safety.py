@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import doctest
+import importlib
 import json
 import math
 from collections import Counter
@@ -370,3 +372,9 @@ def test_train_with_mixed_prompts(place, capsys):
     ):
         assert main([*train, "--mix", mix, "--out", "runs/y"]) == 2
         assert says in capsys.readouterr().err
+
+
+def test_docstrings():
+    for name in ("rlhf_gym.intervals", "rlhf_gym.safety.mixing"):
+        result = doctest.testmod(importlib.import_module(name))
+        assert result.attempted > 0 and result.failed == 0
