@@ -144,6 +144,9 @@ def test_items(store):
         store.add_item(dataclasses.replace(SKY, prompt="The sea is"))
     nameless = store.add_item(Item("p", ["a", "b"]))
     assert nameless.id == Item("p", ("a", "b")).id != Item("p", ("b", "a")).id and store.items()[1] == nameless
+    with pytest.raises(ValueError, match="id 'sky' is that of another item"):
+        store.add_items([Item("p", ("x", "y")), dataclasses.replace(SKY, gold=None)])
+    assert len(store.items()) == 2  # not the first of them either
     with pytest.raises(KeyError, match="no item 'x'"):
         store.record(said("k", Skip(), item="x"))
     with pytest.raises(ValueError, match="sampling must be an object that JSON holds"):

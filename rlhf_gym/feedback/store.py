@@ -9,7 +9,7 @@ import json
 import sqlite3
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -97,18 +97,25 @@ class FeedbackStore:
         Raises:
             ValueError: If another item has its id, or its sampling settings are no JSON.
         """
-        try:
-            sampling = None if item.sampling is None else json.dumps(item.sampling, allow_nan=False, sort_keys=True)
-        except (TypeError, ValueError) as error:
-            raise ValueError(f"sampling must be an object that JSON holds ({error}), got {item.sampling!r}") from None
-        row = (item.id, item.prompt, json.dumps(item.responses), item.checkpoint, sampling, item.gold)
+        return self.add_items([item])[0]
+
+    def add_items(self, items: Iterable[Item]) -> list[Item]:
+        """Add many items, all of them or none; otherwise as `add_item`.
+
+        Raises:
+            ValueError: If another item has the id of one, or the sampling settings are no JSON.
+        """
+        rows = [(item, _row(item)) for item in items]
         with self._writing():
-            found = self._db.execute("SELECT * FROM items WHERE id = ?", (item.id,)).fetchone()
-            if found is None:
-                self._db.execute("INSERT INTO items VALUES (?, ?, ?, ?, ?, ?)", row)
-            elif found != row:
-                raise ValueError(f"id {item.id!r} is that of another item; an item never changes, give it its own id")
-        return item
+            for item, row in rows:
+                found = self._db.execute("SELECT * FROM items WHERE id = ?", (item.id,)).fetchone()
+                if found is None:
+                    self._db.execute("INSERT INTO items VALUES (?, ?, ?, ?, ?, ?)", row)
+                elif found != row:
+                    raise ValueError(
+                        f"id {item.id!r} is that of another item; an item never changes, give it its own id"
+                    )
+        return [item for item, _ in rows]
 
     def item(self, item_id: str) -> Item:
         """One item.
@@ -293,6 +300,14 @@ def _event(row: tuple[Any, ...]) -> Event:
     number, at, key, annotator, item, kind, verdict, shown, seconds = row
     said = KINDS[kind](**json.loads(verdict))
     return Event(number, at, Judgement(key, annotator, item, said, tuple(json.loads(shown)), seconds))
+
+
+def _row(item: Item) -> tuple[Any, ...]:
+    try:
+        sampling = None if item.sampling is None else json.dumps(item.sampling, allow_nan=False, sort_keys=True)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"sampling must be an object that JSON holds ({error}), got {item.sampling!r}") from None
+    return (item.id, item.prompt, json.dumps(item.responses), item.checkpoint, sampling, item.gold)
 
 
 def _item(row: tuple[Any, ...]) -> Item:

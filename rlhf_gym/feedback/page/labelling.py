@@ -59,7 +59,7 @@ class Labelling:
         self._open: dict[Question, None] = {}
         self._given: dict[str, tuple[Question, float]] = {}
         self._tally, self._version = Tally(), -1
-        self._add_items([store.add_item(item) for item in items or ()])
+        self._add_items(store.add_items(items or ()))
         with self._lock:
             self._catch_up()
 
