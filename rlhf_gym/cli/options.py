@@ -9,6 +9,7 @@ from typing import Literal, NamedTuple
 from rlhf_gym.cli.data_options import DataCheck, DataClean, DataSplit
 from rlhf_gym.cli.feedback_options import FeedbackExport, FeedbackForget, FeedbackStatus, Label
 from rlhf_gym.cli.safety_options import SafetyOptions
+from rlhf_gym.reward_models.config import RewardModelConfig
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,6 +65,8 @@ class Train(TaskOptions):
     """Episodes that run side by side."""
     learning_rate: float | None = None
     """The agent's own when left out."""
+    lora: int | None = None
+    """Train a LoRA adapter of this rank and not the model; with the adapter off the policy is the reference."""
     config: tuple[str, ...] = ()
     """Further settings of the agent as name=value, for instance num_epochs=4 vf_coef=0.1."""
     out: str
@@ -159,6 +162,56 @@ class SFT:
             raise ValueError("--eval and --eval-share exclude each other: leave one of them out")
         for name in ("num_epochs", "batch_size", "checkpoint_every"):
             _at_least(name, getattr(self, name), 1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainRM(RewardModelConfig):
+    """Train a reward model on preferences, rankings, ratings or labels; writes a directory that --reward takes."""
+
+    file: str
+    """A JSONL file of judgements; see docs/reward_models.md for the formats."""
+    model: str = "tiny-reviews"
+    """Where it starts from, a causal language model, an encoder or an earlier reward model: a packaged name, a directory, a
+    run directory, a hub id or a .gguf file."""
+    out: str = ""
+    """Directory to write, for instance runs/rm; it must be given."""
+    members: int = 1
+    """Train so many and save them as an ensemble."""
+    rule: Literal["mean", "min", "mean-std"] = "mean"
+    """How an ensemble pays: the mean of its members, the least, or the mean less --std-coef standard deviations."""
+    std_coef: float = 1.0
+    """Price of disagreement."""
+    eval: str | None = None
+    """Held-out judgements for the report, a file in the same format."""
+    held_out: float = 0.1
+    """Without --eval, share of the prompts that is held out for the report; 0 is none, and no report."""
+    reference: str | None = None
+    """A JSONL file of prompts and completions, on which rewards get mean 0 and standard deviation 1; the responses that are
+    trained on when left out."""
+    gold: str | None = None
+    """A reward that knows the truth, as of train --reward: the report says how far they agree."""
+    baselines: bool = True
+    """Report linear and n-gram models beside it."""
+    seed: int = 0
+    """Seed of all randomness."""
+    device: str = "auto"
+    """cpu, cuda, ...; auto takes a GPU where there is one."""
+    overwrite: bool = False
+    """Replace an earlier reward model in the same directory, or start an interrupted one anew."""
+    resume: bool = False
+    """Go on with a training that was interrupted."""
+    progress_bar: bool = True
+    """Show a progress bar."""
+
+    def __post_init__(self):
+        super().__post_init__()
+        if not self.out:
+            raise ValueError("rlhf-gym train-rm needs --out, the directory to write")
+        _at_least("members", self.members, 1)
+        if not 0 <= self.held_out < 1:
+            raise ValueError(f"--held-out must be at least 0 and below 1, got {self.held_out:g}")
+        if not 0 <= self.std_coef < float("inf"):
+            raise ValueError(f"--std-coef must be a finite number of at least 0, got {self.std_coef:g}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -317,6 +370,7 @@ VERBS = {
     "demo": Verb(Demo, "rlhf_gym.cli.demo"),
     "sft": Verb(SFT, "rlhf_gym.cli.sft"),
     "train": Verb(Train, "rlhf_gym.cli.train"),
+    "train-rm": Verb(TrainRM, "rlhf_gym.cli.train_rm", positional=True),
     "evaluate": Verb(Evaluate, "rlhf_gym.cli.evaluate"),
     "generate": Verb(Generate, "rlhf_gym.cli.generate"),
     "benchmark": Verb(Benchmark, "rlhf_gym.cli.benchmark"),

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from rlhf_gym.data import (
     DataError,
@@ -15,11 +16,10 @@ from rlhf_gym.data import (
     Problems,
     Rating,
     load_records,
-    read_dataset,
     read_jsonl,
     split_of,
 )
-from rlhf_gym.data.formats import IMPLICIT_PREFERENCE
+from rlhf_gym.data.formats import IMPLICIT_PREFERENCE, recognise
 from rlhf_gym.data.split import prompt_key
 from rlhf_gym.rewards.text import UNSPACED
 
@@ -82,11 +82,29 @@ class Examples:
         return replace(self, items=[item for item, kept in zip(self.items, keep, strict=True) if kept])
 
 
-def load_judgements(path: str | Path, tokenizer: Any = None) -> list[Any]:
-    """Records to train on: what `rlhf_gym.data.load_records` reads, and rankings (prompt, responses, ranks).
+class Judgements(NamedTuple):
+    """What a file holds to learn from."""
 
-    A column "gold" that says which response of a pair is truly better ("chosen", "rejected" or "tie") is kept as true
-    scores, see `Example`.
+    records: list[Any]
+    """`Preference`, `Labelled`, `Rating` or `Ranking`."""
+    gold: list[tuple[float, ...] | None]
+    """True scores of the responses of each, where the file has them."""
+    implicit: bool
+    """Whether prompts were taken from what chosen and rejected responses begin with."""
+
+
+GOLD = {"chosen": (1.0, 0.0), "rejected": (0.0, 1.0), "tie": (0.5, 0.5)}
+
+
+def load_judgements(path: str | Path, tokenizer: Any = None) -> Judgements:
+    """Read a file: what `rlhf_gym.data.load_records` reads, and rankings (columns prompt, responses, ranks).
+
+    A column "gold" says what is truly so: of a pair "chosen", "rejected" or "tie", of a ranking a number for each response,
+    of a label or rating a number.
+
+    Args:
+        path: A JSONL file.
+        tokenizer: Needed for conversations, with a chat template.
 
     Raises:
         FileNotFoundError: If there is no such file.
@@ -95,21 +113,27 @@ def load_judgements(path: str | Path, tokenizer: Any = None) -> list[Any]:
     path = Path(path).expanduser()
     rows, problems = read_jsonl(path)
     problems.raise_if_any()
-    if rows and {"responses", "ranks"} <= set(rows[0].value):
-        return _rankings(path, rows)
-    return load_records(path, Preference, Labelled, Rating, tokenizer=tokenizer)
+    if {"responses", "ranks"} <= set(rows[0].value):
+        records, implicit = _rankings(path, rows), False
+    else:
+        records = load_records(path, Preference, Labelled, Rating, tokenizer=tokenizer)
+        implicit = recognise(rows[0].value).name == IMPLICIT_PREFERENCE
+    return Judgements(records, [_gold(path, *pair) for pair in zip(rows, records, strict=True)], implicit)
 
 
-def gold_of_file(path: str | Path) -> list[tuple[float, ...] | None]:
-    """The column "gold" of a file of pairs, as true scores (chosen, rejected) of each row; None where a row has none."""
-    scores = {"chosen": (1.0, 0.0), "rejected": (0.0, 1.0), "tie": (0.5, 0.5)}
-    found: list[tuple[float, ...] | None] = []
-    for row in read_dataset(path).rows:
-        said = row.value.get("gold")
-        if said is not None and said not in scores:
-            raise DataError(f"{path}, line {row.line}: 'gold' must be one of {', '.join(scores)}, got {said!r:.40}")
-        found.append(None if said is None else scores[said])
-    return found
+def _gold(path: Path, row: Any, record: Any) -> tuple[float, ...] | None:
+    said = row.value.get("gold")
+    if said is None:
+        return None
+    numbers = said if isinstance(said, list) else [said]
+    size = len(record.responses) if isinstance(record, Ranking) else 1
+    if isinstance(record, Preference):
+        if isinstance(said, str) and said in GOLD:
+            return GOLD[said]
+    elif _list_of(numbers, int, float) and len(numbers) == size:
+        return tuple(map(float, numbers))
+    wanted = " or ".join(map(repr, GOLD)) if isinstance(record, Preference) else "a number for each response"
+    raise DataError(f"{path}, line {row.line}: 'gold' must be {wanted}, got {said!r:.40}")
 
 
 def _rankings(path: Path, rows: Sequence[Any]) -> list[Ranking]:
@@ -141,6 +165,7 @@ def as_examples(
     positive_label: str | None = None,
     classes: Sequence[str] = (),
     implicit: bool = False,
+    gold: Sequence[tuple[float, ...] | None] | None = None,
 ) -> Examples:
     """Judgements of one kind.
 
@@ -150,6 +175,7 @@ def as_examples(
         positive_label: Which of two classes is the positive one.
         classes: Of held-out judgements: the classes or levels of those that were trained on. Empty: those that occur.
         implicit: The prompts were taken from what two responses begin with, see `rlhf_gym.data.split.prompt_key`.
+        gold: True scores of the responses of each record, see `Judgements`.
 
     Raises:
         ValueError: If there are none, they are of several kinds or not of the kind asked for, or a class is unknown.
@@ -191,7 +217,9 @@ def as_examples(
         found = ", ".join(sorted({type(record).__name__ for record in records}))
         raise ValueError(f"records must be all preferences and rankings, all ratings or all labels, got {found}")
     keys = [prompt_key(_KeyOf(item), implicit=implicit) for item in items]  # type: ignore[arg-type]
-    return Examples(kind, [replace(item, key=key) for item, key in zip(items, keys, strict=True)], tuple(classes))
+    true = [None] * len(items) if gold is None else gold
+    told = zip(items, keys, true, strict=True)
+    return Examples(kind, [replace(item, key=key, gold=known) for item, key, known in told], tuple(classes))
 
 
 class _KeyOf:
@@ -269,12 +297,4 @@ def choose_join(examples: Examples) -> str:
 
 
 def _is_letter(character: str) -> bool:
-    import re
-
     return character.isalnum() and not re.match(f"[{UNSPACED}]", character)
-
-
-def is_implicit(path: str | Path) -> bool:
-    """Whether the prompts of a file were taken from what chosen and rejected responses begin with."""
-    form = read_dataset(path).format
-    return form is not None and form.name == IMPLICIT_PREFERENCE

@@ -87,8 +87,8 @@ def measure(examples: Examples, predictions: Predictions) -> dict[str, Any]:
         quality = -np.abs(errors)
     found["length_correlation"] = correlation(predictions.scores, lengths)
     found["annotators"] = _by_annotator([item.annotator for item in items], quality, index)
-    if all(item.gold is not None for item in items):
-        gold = np.array([item.gold[0] for item in items])  # type: ignore[index]
+    if any(item.gold is not None for item in items):
+        gold = _gold(items)
         found["gold"] = {"rank_correlation": rank_correlation(predictions.scores, gold)}
     return found
 
@@ -115,11 +115,12 @@ def _of_pairs(items: Sequence[Example], index: np.ndarray, predictions: Predicti
     both = np.concatenate([difference, -difference]), np.concatenate([longer, -longer])
     found["length_correlation"] = correlation(*both)
     found["annotators"] = _by_annotator([items[b].annotator for b in pairs.item], right, prompts)
-    if all(item.gold is not None for item in items):
-        gold = np.array([g for item in items for g in item.gold])  # type: ignore[union-attr]
+    if any(item.gold is not None for item in items):
+        gold = _gold(items)
         gap = gold[pairs.better] - gold[pairs.worse]
-        known = np.where(gap == 0, np.nan, wins(difference * np.sign(gap)))
-        judged = np.where((gap == 0) | pairs.tied, np.nan, gap > 0)
+        gap[gap == 0] = np.nan  # truly equal, and nothing to agree with
+        known = np.where(np.isnan(gap), np.nan, wins(difference * np.sign(gap)))
+        judged = np.where(np.isnan(gap) | pairs.tied, np.nan, gap > 0)
         found["gold"] = {
             "agreement": share_estimate(known, prompts),
             "agreement_of_the_judgements": share_estimate(judged, prompts),
@@ -174,10 +175,17 @@ def correlation(x: np.ndarray, y: np.ndarray) -> float | None:
 
 
 def rank_correlation(x: np.ndarray, y: np.ndarray) -> float | None:
-    """Spearman's correlation, with mean ranks of equal values; None where one of the two does not vary."""
+    """Spearman's correlation, with mean ranks of equal values, where ``y`` is not NaN; None where one does not vary."""
     from scipy.stats import rankdata
 
+    x, y = x[~np.isnan(y)], y[~np.isnan(y)]
     return correlation(rankdata(x), rankdata(y))
+
+
+def _gold(items: Sequence[Example]) -> np.ndarray:
+    """True scores of all responses, NaN where unknown. Shape (T,)."""
+    unknown = (math.nan,)
+    return np.array([g for item in items for g in item.gold or unknown * len(item.responses)], dtype=np.float64)
 
 
 def _by_annotator(

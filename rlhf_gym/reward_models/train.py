@@ -65,7 +65,8 @@ def train_reward_model(
         held_out: Without ``eval_records``, share of the prompts that is held out for it; 0 is none, and no report.
         reference: (prompt, response) pairs on which rewards get mean 0 and standard deviation 1; the responses that are
             trained on when left out.
-        gold: A reward, in any form that ``reward=`` takes, that knows the truth; the report says how far they agree.
+        gold: What is truly so, and the report says how far they agree: a reward, in any form that ``reward=`` takes, or a
+            list with the true scores of the responses of each held-out record (of ``records`` without ``eval_records``).
         baselines: Report linear and n-gram models beside it.
         seed: Seed of everything.
         device: "auto" is CUDA where there is one.
@@ -86,10 +87,11 @@ def train_reward_model(
     if not 0 <= held_out < 1:
         raise ValueError(f"held_out must be in [0, 1), got {held_out}")
     told: dict[str, Any] = {"kind": config.kind, "positive_label": config.positive_label, "implicit": implicit}
-    examples = as_examples(records, **told)
+    known = gold if isinstance(gold, (list, tuple)) else None
+    examples = as_examples(records, **told, gold=known if eval_records is None else None)
     evaluation = None
     if eval_records is not None:
-        evaluation = as_examples(eval_records, **told | {"classes": examples.classes})
+        evaluation = as_examples(eval_records, **told, classes=examples.classes, gold=known)
     elif held_out:
         examples, evaluation = hold_out(examples, held_out, seed)
     trainer = _Trainer(examples, model, tokenizer, config, device, reference)
@@ -113,7 +115,8 @@ def train_reward_model(
         return trained
     from .report import make_report
 
-    report = make_report(trained, evaluation, examples if baselines else None, gold=gold)
+    asked = None if known is not None else gold
+    report = make_report(trained, evaluation, examples if baselines else None, gold=asked)
     return dataclasses.replace(trained, report=report)
 
 
