@@ -94,8 +94,8 @@ def binomial_upper_bound(events: int, trials: int, confidence: float = CONFIDENC
         Clopper and Pearson 1934, "The use of confidence or fiducial limits illustrated in the case of the binomial".
 
     Example:
-        >>> round(binomial_upper_bound(0, 59), 3)  # 59 trials without one show "below 5 %"
-        0.049
+        >>> round(binomial_upper_bound(0, 59), 4)  # 59 trials without one show "below 5 %"
+        0.0495
     """
     from scipy.stats import beta
 

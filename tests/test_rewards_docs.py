@@ -30,7 +30,9 @@ def test_page_with_the_environment():
     envs.close()
 
 
-@pytest.mark.parametrize("module", ["text", "lexicon", "references", "numeric", "content_filter", "judge", "unit_tests"])
+@pytest.mark.parametrize(
+    "module", ["text", "lexicon", "references", "numeric", "content_filter", "judge", "unit_tests"]
+)
 def test_docstrings(module):
     if module == "references":
         pytest.importorskip("sacrebleu")
