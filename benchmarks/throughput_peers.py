@@ -17,6 +17,7 @@ import time
 from typing import Any
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+_answers = 1  # where answers go
 
 
 def gpt2(shape: dict[str, Any], kind: str = "LMHead") -> Any:
@@ -47,6 +48,14 @@ def tokenizer(vocab_size: int) -> Any:
     return PreTrainedTokenizerFast(tokenizer_object=inner, pad_token="<pad>", eos_token="<eos>")
 
 
+def prompts(case: dict[str, Any], number: int) -> Any:
+    """Random prompts of the case, (number, prompt_tokens) int64; the same on both sides."""
+    import torch
+
+    generator = torch.Generator().manual_seed(1)
+    return torch.randint(2, case["shape"]["vocab_size"], (number, case["prompt_tokens"]), generator=generator)
+
+
 def trl_ppo(case: dict[str, Any]) -> None:
     """TRL's PPOTrainer as it ships: policy, reference, value and reward model; it answers from a callback."""
     import torch
@@ -55,10 +64,14 @@ def trl_ppo(case: dict[str, Any]) -> None:
     from trl.experimental.ppo import PPOConfig, PPOTrainer
 
     shape, rows = case["shape"], case["rows"]
-    generator = torch.Generator().manual_seed(1)
-    prompts = torch.randint(2, shape["vocab_size"], (4 * rows, case["prompt_tokens"]), generator=generator)
+    asked = prompts(case, 4 * rows)
     dtype = getattr(torch, case.get("weights", "float32"))
-    models = [gpt2(shape).to(dtype), gpt2(shape).to(dtype), gpt2(shape, "score").to(dtype), gpt2(shape, "score").to(dtype)]
+    models = [
+        gpt2(shape).to(dtype),
+        gpt2(shape).to(dtype),
+        gpt2(shape, "score").to(dtype),
+        gpt2(shape, "score").to(dtype),
+    ]
     settings = PPOConfig(
         output_dir=tempfile.mkdtemp(), per_device_train_batch_size=rows, gradient_accumulation_steps=1,
         num_mini_batches=1, num_ppo_epochs=case["epochs"], response_length=case["response_tokens"],
@@ -86,8 +99,8 @@ def trl_ppo(case: dict[str, Any]) -> None:
     PPOTrainer(
         args=settings, processing_class=tokenizer(shape["vocab_size"]), model=models[0], ref_model=models[1],
         value_model=models[2], reward_model=models[3],
-        train_dataset=Dataset.from_dict({"input_ids": prompts.tolist()}),
-        eval_dataset=Dataset.from_dict({"input_ids": prompts[:rows].tolist()}), callbacks=[Turns()],
+        train_dataset=Dataset.from_dict({"input_ids": asked.tolist()}),
+        eval_dataset=Dataset.from_dict({"input_ids": asked[:rows].tolist()}), callbacks=[Turns()],
     ).train()  # fmt: skip
 
 
@@ -98,8 +111,7 @@ def generate(case: dict[str, Any]) -> None:
 
     shape, rows, limit = case["shape"], case["rows"], case["response_tokens"]
     model = gpt2(shape).to(getattr(torch, case.get("weights", "float32"))).eval()
-    generator = torch.Generator().manual_seed(1)
-    prompts = torch.randint(2, shape["vocab_size"], (case.get("prompts", rows), case["prompt_tokens"]), generator=generator)
+    asked = prompts(case, case.get("prompts", rows))
     more: dict[str, Any] = {}
     if case.get("mean_tokens"):
         end_by_chance(model, 1 / case["mean_tokens"])
@@ -108,7 +120,7 @@ def generate(case: dict[str, Any]) -> None:
 
     def work() -> int:
         useful = 0
-        for batch in prompts.split(rows):
+        for batch in asked.split(rows):
             with torch.inference_mode():
                 out = model.generate(input_ids=batch, attention_mask=torch.ones_like(batch), generation_config=config)
             new = out[:, batch.shape[1] :]
@@ -143,23 +155,37 @@ def answer(work: Any) -> None:
 
 
 def tell(seconds: float, **more: Any) -> None:
-    """One measurement; memory is the most that the process has held so far, in MiB."""
-    memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-    say(json.dumps({"seconds": seconds, "memory_mib": memory, **more}))
+    """One measurement, with the most memory that the process has held so far."""
+    say(json.dumps({"seconds": seconds, "memory_mib": peak_memory_mib(), **more}))
+
+
+def peak_memory_mib() -> float:
+    """What Linux calls the high-water mark; elsewhere getrusage's, which on Linux would begin with the parent's."""
+    try:
+        with open("/proc/self/status") as file:
+            return next(int(line.split()[1]) for line in file if line.startswith("VmHWM")) / 1024
+    except OSError:
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 
 
 def say(text: str) -> None:
-    os.write(ANSWERS, (text + "\n").encode())
+    os.write(_answers, (text + "\n").encode())
 
 
 CASES = {"trl-ppo": trl_ppo, "generate": generate}
 
-if __name__ == "__main__":
-    # What libraries print must not get among the answers.
-    ANSWERS = os.dup(1)
+
+def take_answers() -> None:
+    """Keeps the output for `say`: what libraries print must not get among the answers."""
+    global _answers
+    _answers = os.dup(1)
     os.dup2(2, 1)
+
+
+if __name__ == "__main__":
+    take_answers()
     chosen = json.loads(sys.argv[1])
     import torch as _torch
 
-    _torch.set_num_threads(chosen.get("threads", 2))
+    _torch.set_num_threads(chosen["threads"])
     CASES[chosen["case"]](chosen)
