@@ -125,6 +125,7 @@ def test_label_of_a_run_and_of_a_store(label):
     ],
 )
 def test_label_refuses_in_one_line(arguments, message, capsys):
+    pytest.importorskip("starlette")
     assert main(["label", "--no-open", *arguments.split()]) == 2
     assert message in one_line(capsys)
     assert not list(Path().glob("none*"))

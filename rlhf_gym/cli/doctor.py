@@ -16,7 +16,12 @@ from rlhf_gym.cli.options import Doctor
 # The security floors and the oldest versions that the code was written for; pyproject.toml says the same.
 FLOORS = {"torch": "2.10", "transformers": "5.3", "gymnasium": "1.4", "stable-baselines3": "2.9", "sb3-contrib": "2.9"}
 OTHERS = ("numpy", "safetensors", "tyro", "tensorboard", "matplotlib")
-OPTIONAL = {"datasets": "prompts from a datasets.Dataset", "peft": "LoRA", "gguf": ".gguf models"}
+OPTIONAL = {
+    "datasets": "prompts from a datasets.Dataset",
+    "peft": "LoRA",
+    "gguf": ".gguf models",
+    "starlette": "the labelling page",
+}
 
 
 class Finding(NamedTuple):
