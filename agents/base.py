@@ -24,6 +24,7 @@ from rlhf_gym.atomic import replaced_directory, verified_files
 from rlhf_gym.kl import AdaptiveKL
 from rlhf_gym.lm import load_language_model, make_engine, sample_tokens
 from rlhf_gym.lm.load import no_loading_bars, vocab_size
+from rlhf_gym.lm.lora import base_fingerprint, load_lora, save_lora
 from rlhf_gym.lm.precision import MasterWeights, compute_dtype
 
 from . import parallel
@@ -31,7 +32,7 @@ from .audit import Audit
 from .batch import Rollout
 from .config import make_config
 from .logs import Progress, rollout_metrics
-from .policy import Policy
+from .policy import Policy, adapted_reference, make_policy_model
 from .rollout import Collector
 from .stepping import token_filter_of
 
@@ -71,14 +72,24 @@ class Agent:
         if not {"input_ids", "attention_mask"} <= set(getattr(space, "spaces", ())):
             raise ValueError(f"envs must have Dict observations with input_ids and attention_mask, got {space}")
         base = envs.unwrapped
-        model, self.tokenizer = _policy_model(base, policy)
+        self.lora_rank = getattr(self.config, "lora_rank", None)
+        if self.lora_rank is None:
+            model, self.tokenizer = make_policy_model(base, policy)
+        else:
+            model, self.tokenizer = adapted_reference(base, policy, self.lora_rank, seed)
         num_actions, num_tokens = int(envs.single_action_space.n), vocab_size(model)
         if num_tokens != num_actions:
             raise ValueError(f"policy must have the environment's vocabulary of {num_actions} tokens, got {num_tokens}")
         cfg = self.config
         dtype = compute_dtype(cfg.dtype, next(model.parameters()).device)
         critic = getattr(cfg, "critic", "none")
-        self.policy = Policy(model.float(), critic=critic, token_filter=token_filter_of(envs))
+        if self.lora_rank is None:
+            model = model.float()
+        else:
+            dtype = next(model.parameters()).dtype  # these are the reference's weights: they stay as they are
+            if critic == "separate":
+                raise ValueError('critic must be "shared" or "none" with lora_rank: the adapter\'s base is not copied')
+        self.policy = Policy(model, critic=critic, token_filter=token_filter_of(envs))
         self.optimizer = MasterWeights(self.policy.parameters(), self.make_optimizer, compute_dtype=dtype)
         self.generator = torch.Generator().manual_seed(seed)
         self._predict_generator = torch.Generator().manual_seed(seed)
@@ -265,10 +276,13 @@ class Agent:
     def save(self, directory: str | Path) -> None:
         """Write a directory that ``AutoModelForCausalLM.from_pretrained`` loads, with all that ``load`` needs to go on.
 
-        The directory appears whole or not at all, whenever the process dies; one that was there before is replaced.
+        Of a policy with an adapter it holds that alone, and `load_language_model` puts it into its base. The directory appears whole or not at all, whenever the process dies; one that was there before is replaced.
         """
         with replaced_directory(directory) as folder, self.optimizer.master_precision(), no_loading_bars():
-            self.policy.model.save_pretrained(folder)
+            if self.lora_rank is None:
+                self.policy.model.save_pretrained(folder)
+            else:
+                save_lora(self.policy.model, folder)
             for name, model in self._other_models().items():
                 model.save_pretrained(folder / name)
             if self.tokenizer is not None:
@@ -294,6 +308,7 @@ class Agent:
                 "num_timesteps": self.num_timesteps,
                 "num_updates": self.num_updates,
                 "state": self.state,
+                "base": None if self.lora_rank is None else base_fingerprint(self.policy.model),
                 "optimizer": scalars,
                 "kl_controller": self.kl_controller.state_dict() if self.kl_controller else None,
                 "prompt_order": base.prompt_order_state() if hasattr(base, "prompt_order_state") else None,
@@ -314,7 +329,14 @@ class Agent:
             raise ValueError(f"{directory} holds a {state['agent']}, not a {cls.__name__}; load it with that class")
         with no_loading_bars():
             interval = state.get("audit_interval", 10)  # older agents have none
-            agent = cls(env, policy=str(folder), seed=state["seed"], audit_interval=interval, **state["config"])
+            policy = None if state.get("base") else str(folder)
+            agent = cls(env, policy=policy, seed=state["seed"], audit_interval=interval, **state["config"])
+        if state.get("base"):
+            if base_fingerprint(agent.policy.model) != state["base"]:
+                raise ValueError(
+                    f"{directory} is an adapter of another model than env's reference; give that as model="
+                )
+            load_lora(agent.policy.model, folder)
         for name, model in agent._other_models().items():
             path = str(folder / name)
             saved = load_language_model(path, agent.tokenizer, device=agent.policy.device, dtype="float32")
@@ -343,30 +365,6 @@ def _restore_prompt_order(base: Any, states: list[Any] | None) -> bool:
         return False
     base.load_prompt_order_state(states)
     return True
-
-
-def _policy_model(base: Any, policy: Any) -> tuple[Any, Any]:
-    """The model to train and its tokenizer (None where nobody knows one)."""
-    reference = getattr(base, "language_model", None)
-    tokenizer = getattr(base, "tokenizer", None)
-    if policy is None:
-        if reference is None:
-            raise ValueError(
-                "policy is missing: this environment has no reference to copy; pass policy=, a causal LM or the "
-                "name of one"
-            )
-        return copy.deepcopy(reference.model), tokenizer
-    if isinstance(policy, (str, Path)):
-        from rlhf_gym.exact import POLICY_KINDS, make_policy
-
-        if policy in POLICY_KINDS:
-            return make_policy(base, str(policy)), tokenizer
-        loaded = load_language_model(str(policy), device=getattr(base, "device", "auto"), dtype="float32")
-        return loaded.model, tokenizer or loaded.tokenizer
-    if reference is not None and policy is reference.model:
-        # Training it in place would move the reference with it, and the KL would stay 0 for ever.
-        return copy.deepcopy(policy), tokenizer
-    return policy, tokenizer
 
 
 def as_floats(metrics: dict[str, Any]) -> dict[str, float]:

@@ -50,6 +50,8 @@ class AgentConfig:
             None keeps kl_coef fixed.
         kl_horizon: Slowness of that controller, in episodes.
         dtype: "auto", "float32" or "bfloat16" (with float32 master weights).
+        lora_rank: Rank of a LoRA adapter that is trained in place of the model. Its base is the environment's reference,
+            whose weights it shares and whose precision it has. None: all weights are trained.
     """
 
     learning_rate: float = 1e-4
@@ -62,6 +64,7 @@ class AgentConfig:
     ref_kl_target: float | None = None
     kl_horizon: float = 10_000.0
     dtype: str = "auto"
+    lora_rank: int | None = None
 
     def __post_init__(self) -> None:
         check_fields(
@@ -70,7 +73,7 @@ class AgentConfig:
                 "learning_rate": NOT_NEGATIVE,
                 "lr_schedule": one_of("linear", "constant"),
                 "num_rounds num_epochs num_minibatches": COUNT,
-                "micro_batch_size": COUNT_OR_NONE,
+                "micro_batch_size lora_rank": COUNT_OR_NONE,
                 "max_grad_norm kl_horizon": POSITIVE,
                 "ref_kl_target": POSITIVE_OR_NONE,
             },

@@ -93,6 +93,8 @@ class NLPO(PPO):
                 "envs must have no top_k and top_p, which are taken on the reference: NLPO's mask is the policy's own. "
                 "Give mask_top_k or mask_top_p to the agent instead"
             )
+        if cfg.lora_rank is not None:
+            raise ValueError("lora_rank must be None: NLPO's mask is a copy of the whole policy")
         policy.token_filter = replace(policy.token_filter, top_p=cfg.mask_top_p, top_k=cfg.mask_top_k)
         policy.mask_model = copy.deepcopy(policy.model).requires_grad_(False)
 

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import copy
-from typing import TYPE_CHECKING
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
-from rlhf_gym.lm import TokenFilter
+from rlhf_gym.lm import TokenFilter, load_language_model
 from rlhf_gym.lm.forward import forward_at, logprobs_at
+from rlhf_gym.lm.lora import adapted_copy
 
 from .functional import entropy_from_logits
 
@@ -127,3 +129,38 @@ class Policy(nn.Module):
         if batch.allowed is not None:
             return batch.allowed[row, step]  # as it was when the token was chosen
         return self.token_filter.mask(logits)
+
+
+def make_policy_model(base: Any, policy: Any) -> tuple[Any, Any]:
+    """The model to train and its tokenizer (None where nobody knows one)."""
+    reference = getattr(base, "language_model", None)
+    tokenizer = getattr(base, "tokenizer", None)
+    if policy is None:
+        if reference is None:
+            raise ValueError(
+                "policy is missing: this environment has no reference to copy; pass policy=, a causal LM or the "
+                "name of one"
+            )
+        return copy.deepcopy(reference.model), tokenizer
+    if isinstance(policy, (str, Path)):
+        from rlhf_gym.exact import POLICY_KINDS, make_policy
+
+        if policy in POLICY_KINDS:
+            return make_policy(base, str(policy)), tokenizer
+        loaded = load_language_model(str(policy), device=getattr(base, "device", "auto"), dtype="float32")
+        return loaded.model, tokenizer or loaded.tokenizer
+    if reference is not None and policy is reference.model:
+        # Training it in place would move the reference with it, and the KL would stay 0 for ever.
+        return copy.deepcopy(policy), tokenizer
+    return policy, tokenizer
+
+
+def adapted_reference(base: Any, policy: Any, rank: int, seed: int) -> tuple[Any, Any]:
+    """The environment's reference with an adapter, and its tokenizer."""
+    reference = getattr(base, "language_model", None)
+    if policy is not None or reference is None:
+        raise ValueError(
+            "lora_rank needs an environment with a reference, which is the adapter's base, and no policy of its own; make "
+            "the environment with that model"
+        )
+    return adapted_copy(reference.model, rank, base=reference.name, seed=seed), base.tokenizer

@@ -31,6 +31,8 @@ def run(options: Train) -> int:
     config = parse_config(options.config)
     if options.learning_rate is not None:
         config["learning_rate"] = options.learning_rate
+    if options.lora is not None:
+        config["lora_rank"] = options.lora
     mixed = mixed_prompts(options, options.mix)
     envs = make_envs(options, num_envs=options.num_envs, prompts=mixed, kl_coef=options.kl_coef)
     eval_prompts = options.eval_prompts if mixed is None else options.eval_prompts or options.prompts

@@ -7,6 +7,8 @@ model, with the adapter off the old one. peft takes seconds to import, so nothin
 from __future__ import annotations
 
 import contextlib
+import copy
+import hashlib
 import json
 import warnings
 from collections.abc import Iterator
@@ -68,6 +70,19 @@ def add_lora(model: PreTrainedModel, rank: int, *, base: str, seed: int = 0) -> 
     return model
 
 
+def adapted_copy(model: PreTrainedModel, rank: int, *, base: str, seed: int = 0) -> PreTrainedModel:
+    """A model with a new adapter that shares all of its weights with ``model``, which stays as it is.
+
+    The two together are one set of weights and one adapter: a policy, and the reference that it is without its adapter.
+
+    Args:
+        model: A causal language model.
+        rank, base, seed: As in `add_lora`.
+    """
+    shared = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
+    return add_lora(copy.deepcopy(model, shared), rank, base=base, seed=seed)
+
+
 def has_lora(model: PreTrainedModel) -> bool:
     """Whether there is an adapter in a model."""
     return getattr(model, "_hf_peft_config_loaded", False)
@@ -111,6 +126,16 @@ def _weights(model: PreTrainedModel) -> dict[str, torch.nn.Parameter]:
         for name, parameter in model.named_parameters()
         if f".{_NAME}." in name
     }
+
+
+def base_fingerprint(model: PreTrainedModel) -> str:
+    """Tells a base model from others, by some of each weight's numbers: an adapter means nothing on another one."""
+    digest = hashlib.blake2b(digest_size=8)
+    for name, parameter in model.named_parameters():
+        if f".{_NAME}." not in name:
+            some = parameter.detach().flatten()[:: max(1, parameter.numel() // 64)]
+            digest.update(some.float().cpu().numpy().tobytes())
+    return digest.hexdigest()
 
 
 def base_of(directory: Path) -> str | None:

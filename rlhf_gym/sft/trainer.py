@@ -27,7 +27,7 @@ from rlhf_gym.atomic import replaced_directory, verified_files
 from rlhf_gym.lm import LanguageModel, load_language_model
 from rlhf_gym.lm.engine import inference
 from rlhf_gym.lm.load import no_loading_bars
-from rlhf_gym.lm.lora import has_lora, load_lora, save_lora
+from rlhf_gym.lm.lora import base_fingerprint, has_lora, load_lora, save_lora
 from rlhf_gym.lm.precision import MasterWeights, compute_dtype
 from rlhf_gym.rules import COUNT, COUNT_OR_NONE, NOT_NEGATIVE, POSITIVE, SHARE, check_fields, one_of
 
@@ -246,6 +246,7 @@ class Trainer:
                 "config": dataclasses.asdict(self.config),
                 "seed": self.seed,
                 "examples": self._fingerprint(),
+                "base": self._base(),
                 "num_timesteps": self.num_timesteps,
                 "num_steps": self.num_steps,
                 "history": self.history,
@@ -265,6 +266,7 @@ class Trainer:
         if state.get("trainer") != "sft":
             raise ValueError(f"{directory} was not saved by fine-tuning; give the directory of such a run")
         now = {"config": dataclasses.asdict(self.config), "seed": self.seed, "examples": self._fingerprint()}
+        now["base"] = self._base()
         for name, value in now.items():
             if state[name] != value:
                 raise ValueError(
@@ -281,6 +283,10 @@ class Trainer:
         self.num_timesteps, self.num_steps = state["num_timesteps"], state["num_steps"]
         self.history = state["history"]
         return self
+
+    def _base(self) -> str | None:
+        """Of the model under the adapter; None without one."""
+        return base_fingerprint(self.model) if has_lora(self.model) else None
 
     def _fingerprint(self) -> str:
         """Of the examples and their order."""
