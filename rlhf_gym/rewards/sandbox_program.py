@@ -43,6 +43,7 @@ def main(job_fd: int, answer_fd: int) -> None:
         resource.setrlimit(getattr(resource, name), (limit, limit))
     quiet = os.open("/dev/null", os.O_WRONLY)
     os.dup2(quiet, 2)
+    os.close(quiet)
     os.write(answer_fd, b"\n")
     expression = job["expression"]
     namespace = {"__name__": "__main__" if expression is None else "program", "__builtins__": __builtins__}
