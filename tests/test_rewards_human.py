@@ -168,6 +168,42 @@ def test_simulated_annotators_compare_while_the_reward_waits(store):
     assert len(store.items()) == 5 and all(len(item.responses) == 2 for item in store.items())
 
 
+def test_the_labelling_page_asks_what_the_reward_wants_to_know(store):
+    """The queue behind the page, on the same file: it finds items that are added while it is open."""
+    pytest.importorskip("starlette")
+    pytest.importorskip("jinja2")
+    from rlhf_gym.feedback.page import Labelling, PageSettings
+
+    stop = threading.Event()
+
+    def label():
+        with FeedbackStore(store.path) as own:
+            page, number = Labelling(own, PageSettings()), 0
+            while not stop.is_set():
+                question = page.next("ann")
+                if question is None:
+                    time.sleep(0.005)
+                    continue
+                number += 1
+                texts = own.item(question.item).responses
+                verdict = (
+                    Score(0, "quality", len(texts[0]))
+                    if len(question.responses) == 1
+                    else Comparison(max(question.responses, key=lambda place: len(texts[place])))
+                )
+                page.record([Judgement(f"k{number}", "ann", question.item, verdict, question.responses)])
+
+    thread = threading.Thread(target=label)
+    thread.start()
+    try:
+        assert human(store, timeout_s=20, progress=False)(["p", "p"], ["aaaaa", "aa"]) == [1.0, -0.5]
+        found = human(store, ask="compare", timeout_s=20, progress=False)(["q"] * 3, ["b", "bb", "bbb"])
+        assert found == [-1.0, 0.0, 1.0]
+    finally:
+        stop.set()
+        thread.join()
+
+
 def test_comparing_needs_two(store):
     with pytest.raises(ValueError, match='ask="compare" needs two different responses'):
         human(store, ask="compare", timeout_s=0)(["p", "p", "q"], ["a", "a", "b"])

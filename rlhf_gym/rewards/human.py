@@ -143,7 +143,10 @@ def _wait(store: FeedbackStore, items: Sequence[Item], timeout_s: float, progres
         answers = {event.judgement.item for event in store.standing() if not isinstance(event.judgement.verdict, Skip)}
         done, left = len(wanted & answers), end - time.monotonic()
         if progress and done != last:
-            print(f"waiting for people: {done} of {len(wanted)} answers in {store.path}", file=sys.stderr, flush=True)
+            how = f" (rlhf-gym label --db {store.path})" if last < 0 else ""
+            print(
+                f"waiting for people: {done} of {len(wanted)} answers in {store.path}{how}", file=sys.stderr, flush=True
+            )
         last = done
         if done == len(wanted) or left <= 0:
             return said_of(store)
