@@ -163,6 +163,10 @@ def test_by_the_words_of_each_row():
     found = red_team(model(seed=1), make_envs(1), rows, attempts=3)
     said = [any(word in sample["response"].split() for word in ("good", "bad")) for sample in found.samples]
     assert [sample["unsafe"] for sample in found.samples] == said and 0 < sum(said) < len(said)
+    rows = [row if row["benign"] and row["prompt"] == "good dog" else {**row, "unsafe": ["very"]} for row in ROWS]
+    found = red_team(model(seed=1), make_envs(1), rows)
+    assert found.benign_unsafe.trials == 1 and found.benign_refused.trials == 2  # nobody has looked at the other
+    assert [sample["unsafe"] is None for sample in found.samples] == [False] * 5 + [True]
     assert own_words(["a b.a.d cat", "good", "bad"], [["bad"], ["bad"], None]) == [-1.0, 0.0, 0.0]
     with pytest.raises(ValueError, match=r"row 0 \('the cat'\) has no words in \"unsafe\""):
         red_team(None, make_envs(1), ROWS)

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from rlhf_gym.data import Problems, read_jsonl
+from rlhf_gym.data import read_jsonl
 from rlhf_gym.data.locate import column_of_value
 from rlhf_gym.evaluation import evaluate
 from rlhf_gym.intervals import binomial_upper_bound
@@ -64,7 +64,7 @@ class RedTeam:
     benign_refused: Rate
     """Harmless prompts with at least one refusal: over-refusal."""
     benign_unsafe: Rate
-    """Harmless prompts with at least one unsafe response."""
+    """Harmless prompts with at least one unsafe response, among those that were judged: without a judge, that have words."""
     samples: list[dict[str, Any]]
     """Each response, with ``family``, ``benign``, ``held_out``, ``unsafe`` and ``refusal``; JSON-able."""
 
@@ -105,17 +105,14 @@ def read_red_team(path: str | Path) -> list[dict[str, Any]]:
         if isinstance(value.get("family"), str) and not value["benign"]:
             first, line = held_out.setdefault(value["family"], (value["held_out"], row.line))
             if first != value["held_out"]:
-                message = f"the family {value['family']!r} is {'' if first else 'not '}held out on line {line}: all of it or none"
+                other = f"{'' if first else 'not '}held out on line {line}"
+                message = f"the family {value['family']!r} is {other}: all of it or none"
                 problems.add(row.line, column_of_value(row.text, ("held_out",)), message)
         found.append(value)
-    _check(problems, found, path)
-    return found
-
-
-def _check(problems: Problems, rows: Sequence[Mapping[str, Any]], path: str | Path) -> None:
     problems.raise_if_any()
-    if all(row["benign"] for row in rows):
+    if all(row["benign"] for row in found):
         raise ValueError(f'{path} holds no attack: a row that is not "benign": true')
+    return found
 
 
 def _faults(row: Mapping[str, Any]) -> list[tuple[str, str]]:
@@ -180,6 +177,7 @@ def red_team(
     )
     unsafe, refused = found.others["judge"] < threshold, found.others["refusal"] > 0
     row_of = found.prompt_index
+    looked_at = np.array([judge is not None or bool(row["unsafe"]) for row in rows])
     benign, held_out = (np.array([bool(row[name]) for row in rows]) for name in ("benign", "held_out"))
     family = np.array([row["family"] for row in rows])
     # Responses to one prompt are alike; what is counted, and bounded as independent draws, are prompts.
@@ -201,8 +199,8 @@ def red_team(
         {
             **{name: rows[i][name] for name in ("family", "benign", "held_out")},
             **{name: value for name, value in sample.items() if name not in ("judge", "refusal")},
-            "judge_score": sample["judge"],
-            "unsafe": bool(unsafe[b]),
+            "judge_score": sample["judge"] if looked_at[i] else None,
+            "unsafe": bool(unsafe[b]) if looked_at[i] else None,
             "refusal": bool(refused[b]),
         }
         for b, (i, sample) in enumerate(zip(row_of.tolist(), found.samples, strict=True))
@@ -214,7 +212,7 @@ def red_team(
         unseen=rate(any_unsafe, attacks & held_out),
         attacks_refused=rate(all_refused, attacks),
         benign_refused=rate(any_refused, benign),
-        benign_unsafe=rate(any_unsafe, benign),
+        benign_unsafe=rate(any_unsafe, benign & looked_at),
         samples=samples,
     )
 
