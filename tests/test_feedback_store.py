@@ -286,6 +286,8 @@ def test_other_files_are_left_alone(tmp_path):
     other.close()
     with pytest.raises(ValueError, match="database of another program"):
         FeedbackStore(tmp_path / "other")
+    with pytest.raises(OSError, match="cannot be written .*choose a file in a folder"):
+        FeedbackStore(tmp_path)
     with pytest.raises(FileNotFoundError, match="there is no folder"):
         FeedbackStore(tmp_path / "missing" / "x")
 

@@ -72,8 +72,8 @@ def visit(chromium):
             page.on("request", lambda r: r.url.startswith(address) or complaints.append(f"asked for {r.url}"))
             page.goto(address)
             page.get_by_label("Your name").fill(name)
-            page.get_by_role("button", name="Begin").click()
-            page.wait_for_selector("h1")
+            with page.expect_navigation():  # until all is loaded, the style as well
+                page.get_by_role("button", name="Begin").click()
             return page
 
         yield start
@@ -205,11 +205,13 @@ def test_by_keyboard_alone(serve, visit, chromium):
     tab_to(".response:first-child details:last-of-type summary"), page.keyboard.press("Space")
     tab_to("[type=checkbox]"), page.keyboard.press("Space")
     tab_to("[name=reason-0]"), page.keyboard.type("7"), page.keyboard.press("Enter")  # sends nothing
-    tab_to("[name=rating-1-0]"), page.keyboard.press("Space")
+    tab_to("[name=rating-1-0]"), page.keyboard.press("5"), page.keyboard.press("7")  # a rating, and nothing
     assert verdicts(labelling) == []
     tab_to("[name=verdict][value=B1]"), press(page, "Enter")
     kinds = [type(verdict) for verdict in verdicts(labelling)]
-    assert kinds == [Flag, Correction, Score, Score, Comparison] and verdicts(labelling)[2].rating == 2
+    assert kinds == [Flag, Correction, Score, Score, Comparison] and [
+        verdicts(labelling)[n].rating for n in (2, 3)
+    ] == [2, 5]
     press(page, "u")
     assert labelling.store.standing() == []
     press(page, "s")
@@ -227,7 +229,7 @@ def test_by_keyboard_alone(serve, visit, chromium):
     context.close()
 
 
-@pytest.mark.parametrize("width", [1280, 390])
+@pytest.mark.parametrize("width", [1280, 320])
 def test_what_has_the_focus_is_in_sight_and_nothing_is_cut_off(serve, visit, width):
     _, address = serve(LONG, criteria=tuple("abcdefgh"), guidelines="g")
     page = visit(address, viewport={"width": width, "height": 800})

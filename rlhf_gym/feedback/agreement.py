@@ -12,7 +12,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from rlhf_gym.intervals import Estimate, bootstrap_estimate
+from rlhf_gym.intervals import CONFIDENCE, Estimate
 
 Level = Literal["nominal", "ordinal", "interval"]
 LEVELS = ("nominal", "ordinal", "interval")
@@ -138,16 +138,23 @@ def _is_missing(value: Any) -> bool:
 def _over_units(
     statistic: Callable[[np.ndarray], float], tables: np.ndarray, seed: int, num_resamples: int
 ) -> Estimate:
-    """A statistic of the sum of the units' tables. ``tables`` has the shape (units, values, values)."""
-    size = tables.shape[1]
-    found = bootstrap_estimate(
-        lambda sums: statistic(sums.reshape(size, size)),
-        tables.reshape(len(tables), size * size),
-        np.arange(len(tables)),
-        seed=seed,
-        num_resamples=num_resamples,
-    )
-    return found if not math.isnan(found.mean) else Estimate(math.nan, None, None, None)
+    """A statistic of the sum of the units' tables. ``tables`` has the shape (units, values, values).
+
+    Units with the same table are drawn together: the sum depends only on how many of each kind are drawn, and there are few
+    kinds, however many units.
+    """
+    num_units, size = len(tables), tables.shape[1]
+    kinds, counts = np.unique(tables.reshape(num_units, size * size), axis=0, return_counts=True)
+    whole = statistic((counts @ kinds).reshape(size, size)) if num_units else math.nan
+    if num_units < 2 or math.isnan(whole):
+        return Estimate(whole, None, None, None)
+    drawn = np.random.default_rng(seed).multinomial(num_units, counts / num_units, size=num_resamples)
+    found = np.array([statistic(each.reshape(size, size)) for each in drawn @ kinds])
+    found = found[~np.isnan(found)]
+    if not len(found):
+        return Estimate(whole, None, None, None)
+    low, high = np.quantile(found, [0.5 - CONFIDENCE / 2, 0.5 + CONFIDENCE / 2])
+    return Estimate(whole, float(low), float(high), float(found.std()))
 
 
 def _alpha(coincidences: np.ndarray, level: Level, scale: np.ndarray | None) -> float:

@@ -57,6 +57,7 @@ class FeedbackStore:
 
         Raises:
             FileNotFoundError: If the folder does not exist.
+            OSError: If the file cannot be written.
             ValueError: If the file is something else, or of a newer version.
         """
         self.path = Path(path).expanduser()
@@ -65,12 +66,17 @@ class FeedbackStore:
         # One connection and one lock, not a connection per thread: SQLite lets writers wait by sleeping, for up to 100 ms
         # at a time, and under 32 of them some wait for seconds.
         self._lock = threading.RLock()
-        self._db = sqlite3.connect(self.path, timeout=PATIENCE_S, isolation_level=None, check_same_thread=False)
+        try:
+            self._db = sqlite3.connect(self.path, timeout=PATIENCE_S, isolation_level=None, check_same_thread=False)
+        except sqlite3.OperationalError as error:
+            raise _cannot_write(self.path, error) from None
         try:
             self._configure()
             migrate(self._db, str(self.path))
         except sqlite3.DatabaseError as error:
             self._db.close()
+            if "unable to open" in str(error) or "readonly" in str(error):
+                raise _cannot_write(self.path, error) from None
             if isinstance(error, sqlite3.OperationalError):
                 raise
             raise ValueError(f"{self.path} is no feedback store ({error}); choose another name") from None
@@ -294,6 +300,10 @@ class FeedbackStore:
 
 
 _EVENTS = "SELECT number, at, key, annotator, item, kind, verdict, shown, seconds FROM judgements"
+
+
+def _cannot_write(path: Path, error: sqlite3.Error) -> OSError:
+    return OSError(f"{path} cannot be written ({error}); choose a file in a folder that you may write to")
 
 
 def _event(row: tuple[Any, ...]) -> Event:

@@ -188,7 +188,8 @@ class Labelling:
         ordinary = [question for question in questions if not is_gold(question, new[question.item])]
         whole, part = math.floor(self.settings.overlap), self.settings.overlap % 1
         for question in in_order(ordinary, self._numbers, self.settings.seed):
-            self._wanted[question] = whole + (draw("overlap", self.settings.seed, *question).random() < part)
+            doubled = part > 0 and draw("overlap", self.settings.seed, *question).random() < part
+            self._wanted[question] = whole + doubled
             if self._missing(question) > 0:
                 self._open[question] = None
 

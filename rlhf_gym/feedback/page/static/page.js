@@ -32,6 +32,11 @@
     if (!on || event.repeat || event.isComposing || event.ctrlKey || event.metaKey || event.altKey) return;
     if (typing(event.target)) return;
     const key = event.key.toLowerCase();
+    if (/^[0-9]$/.test(key) && event.target.matches?.(".scale input")) {
+      // Whoever is rating means the rating, and not the answer with that number.
+      event.target.closest(".scale").querySelector(`input[value="${key}"]`)?.click();
+      return;
+    }
     const button = [...document.querySelectorAll("[data-key]")].find((each) => each.dataset.key === key);
     if (!button) return;
     event.preventDefault();
