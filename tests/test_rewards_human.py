@@ -1,4 +1,4 @@
-"""People as the reward: the rule that makes a number of judgements, and waiting for answers that come from another thread."""
+"""People as the reward: the rule that makes a number of judgements, and waiting for answers from another thread."""
 
 from __future__ import annotations
 

@@ -157,7 +157,7 @@ class Yes(int):
     def __eq__(self, other): return True
     __hash__ = int.__hash__
 def f(x): return Yes(1)""",
-    "turns assertions off": "import builtins\nbuiltins.AssertionError = Warning\n__debug__ if False else None\ndef f(x): return 1",
+    "turns assertions off": "import builtins\nbuiltins.AssertionError = Warning\ndef f(x): return 1",
     "writes to every pipe": """
 import os
 for fd in range(1, 64):
@@ -301,9 +301,10 @@ def test_host_files_are_not_there(sandbox, tmp_path):
     (tmp_path / "secret.txt").write_text("secret")
     home = os.path.expanduser("~")
     beginning = sys.base_prefix[len(home) + 1 :].split("/")[0] if sys.base_prefix.startswith(home + "/") else None
+    paths = [str(tmp_path / "secret.txt"), "/etc/passwd", "/etc/shadow", "/proc/1/environ", "/sys/class", __file__]
     program = f"""
 import os
-for path in ({str(tmp_path / "secret.txt")!r}, '/etc/passwd', '/etc/shadow', '/proc/1/environ', '/sys/class', {__file__!r}):
+for path in {paths}:
     print(os.path.exists(path))
 home = {home!r}
 print(sorted(os.listdir(home)) if os.path.isdir(home) else [])
@@ -314,9 +315,10 @@ print(os.listdir('.'))"""
 
 
 def test_nothing_outside_can_be_written(sandbox, tmp_path):
+    folders = ["/", "/usr", "/usr/bin", "/dev", "/dev/shm", "/etc", "/var/tmp", str(tmp_path), os.getcwd()]
     program = f"""
 import os, sys
-for folder in ({str(tmp_path)!r}, '/', '/usr', '/usr/bin', '/dev', '/dev/shm', '/etc', '/var/tmp', sys.base_prefix, {os.getcwd()!r}):
+for folder in {folders} + [sys.base_prefix]:
     try:
         open(folder + '/written-by-a-test', 'w').write('x')
         print('wrote', folder)

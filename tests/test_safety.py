@@ -1,4 +1,4 @@
-"""Red teaming, mixing and the review queue: counts and shares by hand, bounds by the binomial sum, files by their reader."""
+"""Red teaming, mixing, the review queue: counts and shares by hand, bounds by the binomial sum, files by a reader."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The options of the safety tools, which belong to ``rlhf-gym evaluate``. Like `options`, it imports nothing that takes time."""
+"""The safety tools of ``rlhf-gym evaluate``: their options. Like `options`, it imports nothing that takes time."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ class SafetyOptions:
     """Red teaming, and samples for people to review."""
 
     red_team: str | None = None
-    """Report attack success and over-refusal on this .jsonl file of attacks and harmless prompts, in place of the score on
-    --prompts; see docs/safety.md."""
+    """Report attack success and over-refusal on this .jsonl file of attacks and harmless prompts, in place of the score
+    on --prompts; see docs/safety.md."""
     unsafe: tuple[str, ...] = ()
-    """Judge of unsafe responses: rewards as of --reward, higher is safer (give what scores harm the weight -1). When left
-    out the words in the column "unsafe" of the file."""
+    """Judge of unsafe responses: rewards as of --reward, higher is safer (give what scores harm the weight -1). When
+    left out the words in the column "unsafe" of the file."""
     unsafe_below: float = 0.0
     """A response is unsafe if the judge's score is below this."""
     refusal: str | None = None

@@ -44,8 +44,8 @@ class ChatClient:
     Neither proxies nor redirects are followed: what is sent goes to the address given, or nowhere.
 
     Raises:
-        ValueError: If the address is no http(s) URL, an argument is out of range, the variable of the key is not set, or
-            the key would travel unencrypted to another machine.
+        ValueError: If the address is no http(s) URL, an argument is out of range, the variable of the key is not set,
+            or the key would travel unencrypted to another machine.
     """
 
     def __init__(

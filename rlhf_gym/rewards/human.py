@@ -32,18 +32,19 @@ def human(
 
     The score of a response is the mean of all judgements of it that stand, by whoever made them: a rating r counts
     (r - 3) / 2; a comparison 1 when it won, -1 when it lost, 0 for a tie and -1 for "both bad"; a correction is a
-    comparison that the response lost to its correction. One that anybody has flagged as unsafe has -1, whatever others say.
+    comparison that the response lost to its correction. One that anybody has flagged as unsafe has -1, whatever others
+    say.
 
-    Responses that nobody has judged are put into the store, where the labelling page (``rlhf-gym label --db FILE``) shows
-    them, and the reward waits. An update of a policy waits with it: gather judgements, train a reward model and go on from
-    that unless you have few responses and people at hand.
+    Responses that nobody has judged are put into the store, where the labelling page (``rlhf-gym label --db FILE``)
+    shows them, and the reward waits. An update of a policy waits with it: gather judgements, train a reward model and
+    go on from that unless you have few responses and people at hand.
 
     Args:
         store: The store's file, or an open store. The file is made when people are to be asked.
-        ask: "rate": each response by itself. "compare": each with another one of the batch to the same prompt, with two others
-            where there are three or more; a batch must then hold several. None asks nobody.
-        timeout_s: Seconds to wait for all answers of a batch. What came in time is in the store: the next attempt asks for
-            the rest only.
+        ask: "rate": each response by itself. "compare": each with another one of the batch to the same prompt, with two
+            others where there are three or more; a batch must then hold several. None asks nobody.
+        timeout_s: Seconds to wait for all answers of a batch. What came in time is in the store: the next attempt asks
+            for the rest only.
         unknown: For a response without a judgement when the time is up, or when nobody is asked: "error" raises, "skip"
             leaves it without a score (the term counts 0).
         progress: Say on stderr how many answers are there.
@@ -74,7 +75,8 @@ def human(
             after = "" if ask is None else f" after {timeout_s:g} s"
             raise ValueError(
                 f"row {missing[0]}: nobody has judged the response {completions[missing[0]][:60]!r} to "
-                f"{prompts[missing[0]][:60]!r} in {opened.path}{after} ({len(missing)} of {len(texts)} are not judged); "
+                f"{prompts[missing[0]][:60]!r} in {opened.path}{after} "
+                f"({len(missing)} of {len(texts)} are not judged); "
                 'judge them with rlhf-gym label, or pass unknown="skip"'
             )
         return [known.get(text) for text in texts]
@@ -121,7 +123,8 @@ def _questions(unknown: Sequence[Text], texts: Iterable[Text], ask: str) -> list
         new = [response for response in responses if (prompt, response) in unknown]
         if new and len(responses) == 1:
             raise ValueError(
-                f'human: ask="compare" needs two different responses to each prompt in a batch, got one to {prompt[:60]!r}; '
+                f'human: ask="compare" needs two different responses to each prompt in a batch, got one to '
+                f"{prompt[:60]!r}; "
                 'sample several for each prompt (RLOO, GRPO), or pass ask="rate"'
             )
         # In a circle, so that each is judged as often as the others.

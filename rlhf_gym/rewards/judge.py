@@ -1,4 +1,4 @@
-"""A language model behind an HTTP server as the judge of responses. Nothing is sent unless you make one, and only to its address."""
+"""A language model behind an HTTP server as the judge of responses; it is asked at the address that you give."""
 
 from __future__ import annotations
 
@@ -109,30 +109,33 @@ def judge(
 ) -> Judge:
     """The number that a language model gives a response, through a server's chat completions (OpenAI's protocol).
 
-    The rule for its answer is strict: the last line that is not empty must be ``Score: N``, N a decimal number within the
-    scale. Anything else - "8/10", "between 7 and 8", a number out of range - is a failure, never a guess. An answer is
-    asked for once: the same prompt, response, model, template, scale and options are looked up from then on.
+    The rule for its answer is strict: the last line that is not empty must be ``Score: N``, N a decimal number within
+    the scale. Anything else - "8/10", "between 7 and 8", a number out of range - is a failure, never a guess. An answer
+    is asked for once: the same prompt, response, model, template, scale and options are looked up from then on.
 
     Args:
         url: Base address; ``/chat/completions`` is added. For instance "http://localhost:8000/v1".
         model: Name of the model, as the server knows it.
-        template: What it is asked. ``{prompt}`` and ``{response}`` are filled in, ``{low}`` and ``{high}`` with the scale,
-            and ``{mark}`` with a digest of both texts, which neither can contain: no response can pretend to end there.
+        template: What it is asked. ``{prompt}`` and ``{response}`` are filled in, ``{low}`` and ``{high}`` with the
+            scale, and ``{mark}`` with a digest of both texts, which neither can contain: no response can pretend to end
+            there.
         scale: Least and greatest number allowed; the score is the number itself.
         api_key_env: Environment variable with the API key, sent as a bearer token; None sends none. The key is in no
             message, file or ``repr``.
         cache: SQLite file to keep answers in, made when missing; None keeps them in memory only. It holds digests of
             the texts, and the judge's answers.
         timeout_s: Seconds for one attempt, > 0.
-        max_retries: Further attempts after status 429 or 5xx, or when the time is up, >= 0. Nothing else is tried again.
-        backoff_s: Seconds before the second attempt, twice as many before each further one, at most 60; where the server
-            says how long to wait (Retry-After), that long.
+        max_retries: Further attempts after status 429 or 5xx, or when the time is up, >= 0. Nothing else is tried
+            again.
+        backoff_s: Seconds before the second attempt, twice as many before each further one, at most 60; where the
+            server says how long to wait (Retry-After), that long.
         max_connections: Requests at a time, >= 1.
         options: Further fields of the request; None is ``{"temperature": 0}``.
         on_failure: "error" raises, "skip" leaves the response without a score (the term counts 0).
 
     Raises:
-        ValueError: If an argument is out of range, the template lacks ``{response}``, or the variable of the key is not set.
+        ValueError: If an argument is out of range, the template lacks ``{response}``, or the variable of the key is not
+            set.
 
     Source:
         Zheng et al. 2023, "Judging LLM-as-a-judge": single-answer grading, and its biases (length, own style).

@@ -101,7 +101,8 @@ class Sandbox:
 
         Args:
             program: Its source.
-            expression: Evaluated after the program, which then is a module and no ``__main__``; its value is the answer.
+            expression: Evaluated after the program, which then is a module and no ``__main__``; its value is the
+                answer.
             stdin: What it can read.
 
         Raises:
@@ -165,7 +166,7 @@ def _arguments(tmpfs_bytes: int) -> list[str]:
 
 
 def _python() -> str:
-    """The interpreter behind the one in use: a virtual environment's own is a link to it, and has nothing to offer here."""
+    """The interpreter behind the one in use, of which a virtual environment's own is a link."""
     name = f"python{sys.version_info.major}.{sys.version_info.minor}"
     return str(Path(sys.base_prefix, "bin", name))
 

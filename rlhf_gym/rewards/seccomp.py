@@ -1,4 +1,4 @@
-"""A filter of system calls for the sandbox: no new process, no memory that the limits do not count, no door to the kernel.
+"""A filter of system calls for the sandbox: no new process, no memory beside the limits, no door to the kernel.
 
 Resource limits alone do not bound a program: the limit on processes does not bind root, the one on memory counts each
 process by itself, and neither counts anonymous files and shared segments. One process without those is bounded.

@@ -52,16 +52,17 @@ def unit_tests(
 ) -> Callable[..., list[float | None]]:
     """Share of its unit tests that the Python program in a response passes, in [0, 1]. Linux only, by bubblewrap.
 
-    The program is the last block of Python between ``` fences, or the whole response where there is none. Each test is a run of its
-    own in a new sandbox without network, environment, files of the host or further processes. What is right never enters the
-    sandbox: it is asked for the value of an expression, or for what is printed, and the comparison is made out here. So there
-    is nothing in there by which a program could pass but the right value.
+    The program is the last block of Python between ``` fences, or the whole response where there is none. Each test is
+    a run of its own in a new sandbox without network, environment, files of the host or further processes. What is
+    right never enters the
+    sandbox: it is asked for the value of an expression, or for what is printed, and the comparison is made out here. So
+    there is nothing in there by which a program could pass but the right value.
 
     Args:
-        column: Where the tests are: in each row a list of them, or None where there are none (the reward does not apply). A
-            test is ``"assert EXPRESSION == LITERAL"`` (MBPP's form) or ``{"stdin": text, "stdout": text}``. Values are plain:
-            numbers, texts, bytes, lists, tuples, sets, dicts, None. Printed lines are compared without white space at their
-            ends, and the program must end by itself without an error.
+        column: Where the tests are: in each row a list of them, or None where there are none (the reward does not
+            apply). A test is ``"assert EXPRESSION == LITERAL"`` (MBPP's form) or ``{"stdin": text, "stdout": text}``.
+            Values are plain: numbers, texts, bytes, lists, tuples, sets, dicts, None. Printed lines are compared
+            without white space at their ends, and the program must end by itself without an error.
         run_code: Must be True: you have decided to run programs by a model on this machine.
         all_or_nothing: 1 if all tests pass, else 0.
         seconds: Time for each test.
@@ -73,13 +74,13 @@ def unit_tests(
         OSError: If bubblewrap is missing, too old, or not allowed to make namespaces here.
 
     Source:
-        Tests as in Austin et al. 2021 (MBPP) and Hendrycks et al. 2021 (APPS). Differs from their harnesses, which run the
-        asserts in the program's own process, where ``os._exit(0)`` or an ``__eq__`` that says yes passes them all.
+        Tests as in Austin et al. 2021 (MBPP) and Hendrycks et al. 2021 (APPS). Differs from their harnesses, which run
+        the asserts in the program's own process, where ``os._exit(0)`` or an ``__eq__`` that says yes passes them all.
     """
     if run_code is not True:
         raise ValueError(
-            "unit_tests: it runs the programs that a model writes, in a sandbox but on this machine; pass run_code=True "
-            "if you want that"
+            "unit_tests: it runs the programs that a model writes, in a sandbox but on this machine; pass "
+            "run_code=True if you want that"
         )
     if sys.platform != "linux":
         raise OSError(f"unit_tests: programs are run by bubblewrap, which needs Linux; this is {sys.platform}")
@@ -144,7 +145,8 @@ def _read_test(test: Any, where: str) -> Test:
         ((operator,), (right,)) = statement.test.ops, statement.test.comparators
         if not isinstance(operator, ast.Eq):
             raise ValueError
-        # What is expected is read here and stays here; code on that side would have to run where the program can reach it.
+        # What is expected is read here and stays here; code on that side would have to run where the program can
+        # reach it.
         return Returns(ast.unparse(statement.test.left), ast.literal_eval(right))
     except (ValueError, TypeError, SyntaxError, RecursionError, MemoryError):
         raise ValueError(f"{where} must be {_FORMS}, with a plain value as LITERAL, got {test!r:.120}") from None

@@ -25,8 +25,8 @@ def mix_prompts(
         First the prompts, then the others. Their share is the one asked for, to half a row.
 
     Raises:
-        ValueError: If the share is out of range or too small for so many others, all others are held out, or one that is
-            held out is among the prompts.
+        ValueError: If the share is out of range or too small for so many others, all others are held out, or one that
+            is held out is among the prompts.
 
     Example:
         >>> [row["prompt"] for row in mix_prompts([{"prompt": "a"}, {"prompt": "b"}], [{"prompt": "x"}], 0.5)]

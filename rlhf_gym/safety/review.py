@@ -16,11 +16,12 @@ def review_queue(
     size: int = 50,
     uncertainty: str | None = None,
 ) -> list[dict[str, Any]]:
-    """Choose samples for people: half with the highest score, where a reward that is fooled shows, half the most uncertain.
+    """Choose samples for people: half with the highest score, where a reward that is fooled shows, half the most
+    uncertain.
 
-    A sample comes with a response to the same prompt to compare it with: the baseline's, else another sample's, else none (it
-    is then rated by itself). Uncertain are those where an ensemble disagrees; without one, those whose score is closest to the
-    score of what they are compared with, for the reward can say least about which is better.
+    A sample comes with a response to the same prompt to compare it with: the baseline's, else another sample's, else
+    none (it is then rated by itself). Uncertain are those where an ensemble disagrees; without one, those whose score
+    is closest to the score of what they are compared with, for the reward can say least about which is better.
 
     Args:
         samples: With ``prompt``, ``response`` and ``score``, as in ``Evaluation.samples``.
