@@ -54,6 +54,38 @@ def curves(runs: Mapping[str, Mapping[str, Sequence[float]]], panels: Sequence[t
     return figure
 
 
+def over_optimisation(rounds: Mapping[str, Sequence[Mapping[str, float]]], ends: Sequence[Mapping[str, Any]]) -> Figure:
+    """What is paid and what is true against the KL, while each round's policy trains, and where the rounds end.
+
+    Args:
+        rounds: Points with ``kl``, ``proxy`` and ``gold`` (where it is known) in the order of training, by label.
+        ends: Held-out means with intervals of the base model and each round, as ``agents/loop.py`` writes them.
+    """
+    from matplotlib.figure import Figure
+
+    has_gold = any("gold" in point for points in rounds.values() for point in points)
+    panels = [("proxy", "reward model's score (paid)")] + ([("gold", "gold score (true)")] if has_gold else [])
+    figure = Figure(figsize=(4.2 * (len(panels) + has_gold), 3.4), layout="constrained")
+    for i, (name, label) in enumerate(panels):
+        axes = figure.add_subplot(1, len(panels) + has_gold, i + 1)
+        for (title, points), style in zip(rounds.items(), STYLES * len(rounds), strict=False):
+            window = max(1, len(points) // 12)
+            x, y = (running_mean([point[column] for point in points], window) for column in ("kl", name))
+            axes.plot(x, y, label=title, markevery=max(1, len(x) // 6), markersize=4, **style)
+        axes.set(xlabel="mean KL to the reference (nats)", ylabel=label)
+        axes.grid(alpha=0.3)
+        axes.legend()
+    if has_gold:
+        axes = figure.add_subplot(1, len(panels) + 1, len(panels) + 1)
+        means = [end["gold"]["mean"] for end in ends]
+        low, high = ([end["gold"][side] for end in ends] for side in ("low", "high"))
+        below, above = ([abs(a - b) for a, b in zip(means, side, strict=True)] for side in (low, high))
+        axes.errorbar(range(len(ends)), means, yerr=(below, above), capsize=4, **STYLES[0])
+        axes.set(xlabel="round (0: base model)", ylabel="gold score on held-out prompts", xticks=range(len(ends)))
+        axes.grid(alpha=0.3)
+    return figure
+
+
 def running_mean(values: Sequence[float], window: int) -> list[float]:
     """Mean of up to ``window`` values on either side of each and itself; NaN entries are left out."""
     means = []

@@ -8,6 +8,7 @@ from typing import Literal, NamedTuple
 
 from rlhf_gym.cli.data_options import DataCheck, DataClean, DataSplit
 from rlhf_gym.cli.feedback_options import FeedbackExport, FeedbackForget, FeedbackStatus, Label
+from rlhf_gym.cli.loop_options import LoopOptions
 from rlhf_gym.cli.safety_options import SafetyOptions
 from rlhf_gym.reward_models.config import RewardModelConfig
 
@@ -371,6 +372,7 @@ VERBS = {
     "sft": Verb(SFT, "rlhf_gym.cli.sft"),
     "train": Verb(Train, "rlhf_gym.cli.train"),
     "train-rm": Verb(TrainRM, "rlhf_gym.cli.train_rm", positional=True),
+    "loop": Verb(LoopOptions, "rlhf_gym.cli.loop"),
     "evaluate": Verb(Evaluate, "rlhf_gym.cli.evaluate"),
     "generate": Verb(Generate, "rlhf_gym.cli.generate"),
     "benchmark": Verb(Benchmark, "rlhf_gym.cli.benchmark"),
