@@ -361,6 +361,21 @@ def test_review_queue_command(place, capsys):
     assert rows[0]["why"] == "high score" and "uncertain" in {row["why"] for row in rows}
 
 
+def test_review_queue_of_an_ensemble(place):
+    """Members g and 3 g disagree by |g - 3 g| / sqrt(2), so the most uncertain sample is the one with most "good"."""
+    with Path("rewards_of_safety.py").open("a") as file:
+        file.write("from rlhf_gym.rewards.ensemble import ensemble\n")
+        file.write("def more(completions):\n    return [3 * score for score in goodness(completions)]\n")
+        file.write("both = ensemble([goodness, more], rule='min')\n")
+    command = ["evaluate", "--model", "policy", "--reward", "rewards_of_safety.py:both", *COMMON[2:]]
+    assert main([*command, "--num-episodes", "12", "--review-queue", "queue.jsonl"]) == 0
+    rows = [json.loads(line) for line in Path("queue.jsonl").read_text().splitlines()]
+    for row in rows:
+        assert row["disagreement"] == pytest.approx(math.sqrt(2) * row["responses"][0].count("good"))
+    doubts = [row["disagreement"] for row in rows if row["why"] == "uncertain"]
+    assert doubts == sorted(doubts, reverse=True) and max(row["disagreement"] for row in rows) > 0
+
+
 def test_train_with_mixed_prompts(place, capsys):
     Path("attacks.jsonl").write_text(Path("red.jsonl").read_text())
     train = ["train", "--model", "base", *COMMON, "--total-timesteps", "40", "--num-envs", "8", "--eval-episodes", "8"]

@@ -227,7 +227,7 @@ def _attribute(module: ModuleType, name: str, spec: str) -> Callable[..., Any]:
         near = difflib.get_close_matches(name, known, n=1)
         hint = f"did you mean {near[0]!r}?" if near else f"it has {', '.join(known) or 'no functions'}"
         raise RewardError(f"reward: {spec!r}: there is no function {name!r} in it; {hint}")
-    if not callable(value):
+    if not callable(value) and not isinstance(value, Reward):
         raise RewardError(f"reward: {spec!r} is a {type(value).__name__}, not a function")
     return value
 
