@@ -217,11 +217,7 @@ class FeedbackStore:
 
     def standing(self, annotator: str | None = None) -> list[Event]:
         """The judgements that stand: not undone, and not replaced by a later one of the same person on the same thing."""
-        events = self.events(annotator)
-        undone = {event.judgement.verdict.cancels for event in events if isinstance(event.judgement.verdict, Undo)}
-        left = [event for event in events if event.judgement.kind != "undo" and event.judgement.key not in undone]
-        last = {event.judgement.topic: event.number for event in left}
-        return [event for event in left if last[event.judgement.topic] == event.number]
+        return standing(self.events(annotator))
 
     def forget(self, annotator: str) -> int:
         """Remove all judgements of an annotator, so that neither the file nor its log holds a byte of them.
@@ -297,6 +293,14 @@ class FeedbackStore:
             raise ValueError(f"{cancels!r} is an undo, which cannot be undone; judge the item again")
         if self._read("SELECT 1 FROM judgements WHERE cancels = ?", cancels):
             raise ValueError(f"{cancels!r} is undone already")
+
+
+def standing(events: Sequence[Event]) -> list[Event]:
+    """Of all events of a store, or all by some annotators, those whose judgements stand; see `FeedbackStore.standing`."""
+    undone = {event.judgement.verdict.cancels for event in events if isinstance(event.judgement.verdict, Undo)}
+    left = [event for event in events if event.judgement.kind != "undo" and event.judgement.key not in undone]
+    last = {event.judgement.topic: event.number for event in left}
+    return [event for event in left if last[event.judgement.topic] == event.number]
 
 
 _EVENTS = "SELECT number, at, key, annotator, item, kind, verdict, shown, seconds FROM judgements"

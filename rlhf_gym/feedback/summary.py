@@ -14,7 +14,7 @@ from rlhf_gym.intervals import Estimate, share_estimate
 
 from .agreement import Level, cohen_kappa, krippendorff_alpha, reliability_table
 from .judgements import Comparison, Item, Score
-from .store import Event, FeedbackStore
+from .store import Event, FeedbackStore, standing
 
 MAX_KAPPAS = 6
 
@@ -73,23 +73,23 @@ def summarise(store: FeedbackStore, items: Collection[str] | None = None, *, num
         items: Ids of the items that count; None: all.
         num_resamples: Of the bootstrap that makes the intervals of agreement.
     """
-    events, standing = store.events(), store.standing()  # before the items: an item is there before its judgements
+    events = store.events()  # before the items: an item is there before its judgements
     known = {item.id: item for item in store.items() if items is None or item.id in items}
     events = [event for event in events if event.judgement.item in known]
-    standing = [event for event in standing if event.judgement.item in known]
-    choices, ratings = _choices(standing, known), _ratings(standing)
+    valid = standing(events)
+    choices, ratings = _choices(valid), _ratings(valid)
     alphas = [_alpha("choices", choices, "nominal", num_resamples)]
     alphas += [_alpha(name, said, "ordinal", num_resamples) for name, said in sorted(ratings.items())]
     by_annotator: dict[str, list[Event]] = defaultdict(list)
-    for event in standing:
+    for event in valid:
         by_annotator[event.judgement.annotator].append(event)
     return Summary(
         len(known),
         dict(Counter(event.judgement.kind for event in events)),
-        len(standing),
+        len(valid),
         [alpha for alpha in alphas if alpha.num_units],
         _kappas(choices, num_resamples),
-        _habits("", standing, known),
+        _habits("", valid, known),
         [_habits(name, by_annotator[name], known) for name in sorted(by_annotator)],
     )
 
@@ -98,10 +98,10 @@ Said = tuple[str, Hashable, Any]
 """Annotator, unit, value."""
 
 
-def _choices(standing: Iterable[Event], items: dict[str, Item]) -> list[Said]:
+def _choices(events: Iterable[Event]) -> list[Said]:
     """Comparisons; the values are "first" and "second" by the places in the item, whatever side they were shown on."""
     found: list[Said] = []
-    for event in standing:
+    for event in events:
         judgement = event.judgement
         if isinstance(judgement.verdict, Comparison):
             choice, pair = judgement.verdict.choice, tuple(sorted(judgement.shown))
@@ -110,9 +110,9 @@ def _choices(standing: Iterable[Event], items: dict[str, Item]) -> list[Said]:
     return found
 
 
-def _ratings(standing: Iterable[Event]) -> dict[str, list[Said]]:
+def _ratings(events: Iterable[Event]) -> dict[str, list[Said]]:
     found: dict[str, list[Said]] = defaultdict(list)
-    for event in standing:
+    for event in events:
         said = event.judgement.verdict
         if isinstance(said, Score):
             found[said.criterion].append(
@@ -142,8 +142,8 @@ def _kappas(choices: Sequence[Said], num_resamples: int) -> list[Agreement]:
     ]
 
 
-def _habits(name: str, standing: Sequence[Event], items: dict[str, Item]) -> Habits:
-    comparisons = [event.judgement for event in standing if isinstance(event.judgement.verdict, Comparison)]
+def _habits(name: str, events: Sequence[Event], items: dict[str, Item]) -> Habits:
+    comparisons = [event.judgement for event in events if isinstance(event.judgement.verdict, Comparison)]
     left: list[tuple[str, bool]] = []
     longer: list[tuple[str, bool]] = []
     gold: list[tuple[str, bool]] = []
@@ -157,7 +157,7 @@ def _habits(name: str, standing: Sequence[Event], items: dict[str, Item]) -> Hab
             left.append((item.id, choice == judgement.shown[0]))
             if len(shown[0]) != len(shown[1]):
                 longer.append((item.id, len(item.responses[choice]) == max(map(len, shown))))
-    seconds = {_submission(event): event.judgement.seconds for event in standing if event.judgement.seconds is not None}
+    seconds = {_submission(event): event.judgement.seconds for event in events if event.judgement.seconds is not None}
     median = float(np.median(list(seconds.values()))) if seconds else None
     return Habits(name, len(comparisons), len(left), _share(left), _share(longer), _share(gold), median)
 
