@@ -270,17 +270,22 @@ def _numbered(names: list[str], classes: Sequence[str], order: Any) -> tuple[tup
 def hold_out(examples: Examples, share: float, seed: int) -> tuple[Examples, Examples]:
     """The judgements to train on and those held out; no prompt is on both sides.
 
+    A prompt stays on its side when judgements are added. At least one is on each.
+
     Raises:
-        ValueError: If one side would be empty.
+        ValueError: If there is one prompt only.
     """
     parts = {"held-out": share, "train": 1 - share}
-    out = [split_of(item.key, parts, seed) == "held-out" for item in examples.items]
-    if all(out) or not any(out):
+    keys = sorted({item.key for item in examples.items})
+    out = {key for key in keys if split_of(key, parts, seed) == "held-out"}
+    if len(keys) < 2:
         raise ValueError(
-            f"there are too few prompts ({len({item.key for item in examples.items})}) to hold out a share of {share:g}; "
-            "give held-out judgements in a file of their own"
+            "records have one prompt only, which cannot be held out; give held-out judgements, or held_out=0"
         )
-    return examples.where([not o for o in out]), examples.where(out)
+    if not out or len(out) == len(keys):
+        out = set(keys[:1])
+    held_out = [item.key in out for item in examples.items]
+    return examples.where([not own for own in held_out]), examples.where(held_out)
 
 
 def choose_join(examples: Examples) -> str:

@@ -12,7 +12,7 @@ import torch
 from .examples import Example
 from .objectives import Objective, plain_objective
 
-PENALTIES = tuple(float(10.0**k) for k in np.arange(1.0, -4.6, -0.5))
+PENALTIES = tuple(float(10.0**k) for k in np.arange(2.0, -4.1, -0.5))
 """Tried from the largest down, each from the solution before."""
 NUM_FOLDS = 4
 
@@ -85,7 +85,7 @@ def _path(
     found = []
     for penalty in penalties:
         function = _loss(features, items, objective, weights / weights.sum(), penalty)
-        at = minimize(function, at, jac=True, method="L-BFGS-B", options={"maxiter": 300, "gtol": 1e-6}).x
+        at = minimize(function, at, jac=True, method="L-BFGS-B", options={"maxiter": 200, "gtol": 1e-5}).x
         found.append(LinearFit(at, num, objective, penalty))
     return found
 

@@ -76,7 +76,8 @@ def _from_object(model: PreTrainedModel, num_outputs: int) -> PreTrainedModel:
         return copy.deepcopy(model).requires_grad_(True)
     network = _new(_with_outputs(copy.deepcopy(model.config), num_outputs))
     with torch.no_grad():
-        network.base_model.load_state_dict(model.base_model.state_dict())
+        missing = network.base_model.load_state_dict(model.base_model.state_dict(), strict=False).missing_keys
+    assert all("pooler" in name for name in missing), "the same trunk; an encoder's pooler belongs to the head"
     return network
 
 

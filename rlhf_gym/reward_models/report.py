@@ -89,8 +89,8 @@ class Report:
         ]
         if self.kind == "preference":
             said.append(
-                f"{self.num_ties} pairs were judged equal: they count in the log-loss, as half a win for each, and not in "
-                "the accuracy. Equal scores count as half right."
+                f"Judged equal: {self.num_ties} of the pairs. They count in the log-loss, as half a win for each, and not in "
+                "the accuracy; equal scores count as half right."
             )
         gold = self.models[REWARD_MODEL].get("gold", {}).get("agreement_of_the_judgements")
         if gold is not None:
