@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM
 from worlds import model, tokenizer
 
 from rlhf_gym.cli import main
+from rlhf_gym.cli.parse import parse
 from rlhf_gym.lm import load_language_model
 from rlhf_gym.runs import MetricsWriter, read_metrics
 
@@ -157,3 +158,14 @@ def test_a_chat_without_a_template_and_a_missing_file(place, capsys):
     for name in ("nowhere.jsonl", "nowhere.txt"):
         assert sft("--model", "base", data=name) == 2
         assert "nowhere" in one_line(capsys)
+
+
+def test_the_page_is_right(tmp_path, monkeypatch, capsys):
+    page = (Path(__file__).parents[1] / "docs" / "sft.md").read_text(encoding="utf-8")
+    commands = re.findall(r"^rlhf-gym (sft .*)$", page, re.MULTILINE)
+    assert len(commands) == 5 and all(parse(command.split())[0] == "sft" for command in commands)
+    monkeypatch.chdir(tmp_path)
+    (example,) = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
+    exec(example, {})
+    assert 1 < float(capsys.readouterr().out) < 2
+    assert load_language_model("my-model").name == "my-model"
