@@ -140,8 +140,8 @@ def _over_units(
 ) -> Estimate:
     """A statistic of the sum of the units' tables. ``tables`` has the shape (units, values, values).
 
-    Units with the same table are drawn together: the sum depends only on how many of each kind are drawn, and there are few
-    kinds, however many units.
+    Units with the same table are drawn together: the sum depends only on how many of each kind are drawn, and there are
+    few kinds, however many units.
     """
     num_units, size = len(tables), tables.shape[1]
     kinds, counts = np.unique(tables.reshape(num_units, size * size), axis=0, return_counts=True)
