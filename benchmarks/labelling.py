@@ -94,7 +94,7 @@ def measure(folder: Path, num_annotators: int, seconds: float, kills: int, seed:
         found = []
         for _ in range(kills):
             before = _check(annotators, db)["acknowledged"]
-            killer = threading.Timer(rng.uniform(0.5, 1.5), server.kill)
+            killer = threading.Timer(rng.uniform(1.0, 2.0), server.kill)
             killer.start()
             _together(annotators, killer.join)
             server = Server(file, db, server.port)
