@@ -9,6 +9,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
+
 from rlhf_gym.data import (
     DataError,
     Labelled,
@@ -77,7 +79,7 @@ class Examples:
     def __len__(self) -> int:
         return len(self.items)
 
-    def where(self, keep: Sequence[bool]) -> Examples:
+    def where(self, keep: Sequence[bool] | np.ndarray) -> Examples:
         """The judgements for which ``keep`` is true."""
         return replace(self, items=[item for item, kept in zip(self.items, keep, strict=True) if kept])
 
