@@ -24,7 +24,9 @@ import transformers
 from torch import Tensor
 from torch.nn import functional as F
 from tqdm import tqdm
-from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import PreTrainedModel, PreTrainedTokenizerFast
+
+from rlhf_gym.lm.scratch import new_model
 
 from . import reviews
 from .grammar import END
@@ -69,27 +71,12 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
     )
 
 
-def make_model(tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
+def make_model(tokenizer: PreTrainedTokenizerFast, seed: int) -> PreTrainedModel:
     """A Llama of 0.8 million parameters with random weights."""
-    special = {
-        "bos_token_id": tokenizer.bos_token_id,
-        "eos_token_id": tokenizer.eos_token_id,
-        "pad_token_id": tokenizer.pad_token_id,
-    }
-    config = LlamaConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=128,
-        intermediate_size=352,
-        num_hidden_layers=4,
-        num_attention_heads=4,
-        max_position_embeddings=CONTEXT,
-        tie_word_embeddings=True,
-        initializer_range=0.02,
-        **special,
+    model = new_model(
+        "transformer", tokenizer, hidden_size=128, num_layers=4, num_heads=4, max_tokens=CONTEXT, seed=seed
     )
-    model = LlamaForCausalLM(config)
-    # top_k=0: `generate` would otherwise cut the distribution to its 50 best tokens, unasked.
-    model.generation_config = GenerationConfig(do_sample=True, top_k=0, max_new_tokens=32, **special)
+    model.generation_config.max_new_tokens = 32
     return model
 
 
@@ -99,7 +86,7 @@ def encode(texts: list[str], tokenizer: PreTrainedTokenizerFast) -> Tensor:
     return torch.tensor(ids)
 
 
-def token_losses(model: LlamaForCausalLM, ids: Tensor) -> Tensor:
+def token_losses(model: PreTrainedModel, ids: Tensor) -> Tensor:
     """-log p of every token after <bos>, 0 on padding. Shape (B, L - 1), float32."""
     # Right padding and causal attention: nothing real ever looks at a pad, so no mask is needed.
     logits = model(input_ids=ids[:, :-1]).logits
@@ -120,12 +107,11 @@ def batches(rng: np.random.Generator, tokenizer: PreTrainedTokenizerFast, num_ba
         num_batches -= pool_size
 
 
-def train(num_steps: int, seed: int) -> tuple[LlamaForCausalLM, PreTrainedTokenizerFast]:
+def train(num_steps: int, seed: int) -> tuple[PreTrainedModel, PreTrainedTokenizerFast]:
     """The trained model, in eval mode, with its tokenizer."""
-    torch.manual_seed(seed)
     rng = np.random.default_rng(seed)
     tokenizer = make_tokenizer()
-    model = make_model(tokenizer).train()
+    model = make_model(tokenizer, seed).train()
     # No weight decay: nothing can be overfitted, and the logits of words that must not come have to go far down.
     optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.98), weight_decay=0.0)
     with tqdm(batches(rng, tokenizer, num_steps), total=num_steps, unit="step") as progress:
@@ -146,7 +132,7 @@ def train(num_steps: int, seed: int) -> tuple[LlamaForCausalLM, PreTrainedTokeni
 
 @torch.no_grad()
 def measure(
-    model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, *, num_reviews: int = 2000, seed: int = 1
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, *, num_reviews: int = 2000, seed: int = 1
 ) -> dict[str, float]:
     """How good the model is, on reviews and continuations that training never saw.
 
