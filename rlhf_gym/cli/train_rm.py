@@ -53,10 +53,14 @@ def run(options: TrainRM) -> int:
             implicit=data.implicit,
             progress_bar=options.progress_bar,
         )
-    except KeyboardInterrupt:
-        raise KeyboardInterrupt(
-            "interrupted; the same command with --resume goes on from the last checkpoint"
-        ) from None
+    except BaseException as error:
+        if not _begun(state):
+            shutil.rmtree(state, ignore_errors=True)
+        elif isinstance(error, KeyboardInterrupt):
+            raise KeyboardInterrupt(
+                "interrupted; the same command with --resume goes on from the last checkpoint"
+            ) from None
+        raise
     source = Path(options.file).expanduser()
     details = {
         **trained.details,
@@ -87,7 +91,8 @@ def _target(options: TrainRM) -> Path:
         raise ValueError("--overwrite and --resume exclude each other: start anew, or go on")
     if out.is_file() or (out.is_dir() and any(out.iterdir()) and not (out / CHECKSUMS).is_file()):
         raise ValueError(f"{out} is not empty and holds no reward model; choose another --out or empty it yourself")
-    if (out / CHECKSUMS).is_file() and not options.overwrite:
+    goes_on = options.resume and _begun(_state(out))  # what --overwrite began, for instance
+    if (out / CHECKSUMS).is_file() and not (options.overwrite or goes_on):
         raise ValueError(f"{out} holds a finished reward model; choose another --out, or add --overwrite")
     return out
 
@@ -98,13 +103,13 @@ def _claim_state(out: Path, options: TrainRM) -> Path:
     Raises:
         ValueError: If one is there and is not to be gone on with, or was begun with other options.
     """
-    state = out.absolute().with_name(f".{out.name}.training")
+    state = _state(out)
     asked = {name: value for name, value in as_dict(options).items() if name not in FREE_ON_RESUME}
     asked = json.loads(json.dumps(asked))
     file = state / "options.json"
     if options.overwrite:
         shutil.rmtree(state, ignore_errors=True)
-    if file.is_file():
+    if _begun(state):
         if not options.resume:
             raise ValueError(
                 f"the training of {out} was interrupted; add --resume to go on, or --overwrite to start anew"
@@ -119,6 +124,15 @@ def _claim_state(out: Path, options: TrainRM) -> Path:
     state.mkdir(parents=True, exist_ok=True)
     write_json(file, asked)
     return state
+
+
+def _state(out: Path) -> Path:
+    return out.absolute().with_name(f".{out.name}.training")
+
+
+def _begun(state: Path) -> bool:
+    """Whether there is a checkpoint to go on from."""
+    return (state / "options.json").is_file() and any(state.glob("member_*"))
 
 
 def _reference(file: str | None, tokenizer: Any) -> list[tuple[str, str]] | None:
