@@ -138,7 +138,10 @@ class Agent:
             groups.append({"params": parameters[-num_head:], "lr": self.config.value_learning_rate})
         for group in groups:
             group["initial_lr"] = group["lr"]  # what schedules multiply
-        return torch.optim.AdamW(groups, betas=(0.9, 0.999), eps=1e-5, weight_decay=0.0)
+        # In one pass over the memory where there is much of it: a quarter of the time. The step of a small model stays what
+        # the committed results on tables were made with, to the last bit.
+        fused = sum(p.numel() for p in parameters) >= 2**18
+        return torch.optim.AdamW(groups, betas=(0.9, 0.999), eps=1e-5, weight_decay=0.0, fused=fused)
 
     def before_rollout(self) -> None:
         """What an algorithm does before each rollout is sampled: set its policy up, or refuse the environment."""

@@ -11,6 +11,7 @@ from rlhf_gym.envs.prompts import Prompt
 from rlhf_gym.envs.scoring import Scorer
 from rlhf_gym.lm import load_language_model
 from rlhf_gym.rewards import RewardInputs, as_reward, classifier, perplexity
+from rlhf_gym.rewards.sequences import batches_by_length, encode_texts
 
 TEXTS = [
     ("review of the kettle : the lid", "is sturdy ."),
@@ -101,3 +102,15 @@ def test_a_response_that_completes_a_character():
     assert (
         Scorer(as_reward("length"), Bytes()).continuation(Prompt("?", torch.tensor([65, first])), [second, 66]) == "�B"
     )
+
+
+def test_a_chat_templates_bos_is_not_doubled(tiny):
+    once = encode_texts(tiny.tokenizer, ["<bos>the lid"], [" is sturdy"], reads="prompt+response")[0]
+    assert once == encode_texts(tiny.tokenizer, ["the lid"], [" is sturdy"], reads="prompt+response")[0]
+    assert once[0].count(tiny.tokenizer.bos_token_id) == 1
+
+
+def test_batches_by_length():
+    batches = batches_by_length([3, 9, 1, 9, 2], max_tokens=18)
+    assert batches == [[1, 3], [0, 4, 2]]
+    assert batches_by_length([50], max_tokens=18) == [[0]]  # one row always fits

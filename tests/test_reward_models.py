@@ -86,6 +86,15 @@ def test_a_directory_that_reward_takes(kind, tmp_path):
     assert again["num_judgements"] == len(PAIRS) and len(again["members"][0]["epochs"]) == 6
 
 
+@pytest.mark.parametrize("reads", ["response", "pair"])
+def test_what_a_model_reads_is_recorded(reads, tmp_path):
+    trained = train(base=bert(), reads=reads, num_epochs=1)
+    trained.save(tmp_path / "rm")
+    np.testing.assert_allclose(score(str(tmp_path / "rm")), score(trained), atol=1e-6)
+    other = score(trained, [("a dog", text) for _, text in TEXTS])
+    assert np.allclose(other, score(trained), atol=1e-6) == (reads == "response")
+
+
 def test_continuations_and_joins_read_the_same():
     trained = train(num_epochs=1)
     prompts, responses = map(list, zip(*TEXTS, strict=True))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +16,7 @@ from rlhf_gym.intervals import Estimate
 from rlhf_gym.plots import STYLES
 from rlhf_gym.rewards import RewardInputs, as_reward
 from rlhf_gym.rewards.classify import RECORDED
+from rlhf_gym.rewards.ensemble import combine, disagreement_of
 
 from .baselines import ORDERS, fit_baseline
 from .config import RewardModelConfig
@@ -25,6 +27,7 @@ from .model import RewardModel, split_by_item, texts_of
 from .objectives import RegressionObjective, make_objective
 
 REWARD_MODEL, LONGER = "reward model", "longer"
+MAX_ANNOTATORS = 20  # in the table, those with the most judgements; report.json has them all
 LABELS = {
     "accuracy": "accuracy",
     "log_loss": "log-loss, nats",
@@ -59,8 +62,8 @@ class Report:
         return self.models[REWARD_MODEL].get("accuracy")
 
     def as_dict(self) -> dict[str, Any]:
-        """As plain values, for JSON."""
-        return dataclasses.asdict(self)
+        """As plain values, for JSON: None for what is not known."""
+        return _plain(dataclasses.asdict(self))
 
     def table(self) -> tuple[list[str], list[list[str]]]:
         """Header and rows, as texts: a row for each number, a column for each model."""
@@ -74,7 +77,8 @@ class Report:
             if label is not None:
                 rows.append([label, *(_shown(found.get("gold", {}).get(name)) for found in self.models.values())])
         what = "accuracy" if self.accuracy is not None else "minus the absolute error"
-        for annotator, (count, _) in self.models[REWARD_MODEL]["annotators"].items():
+        annotators = self.models[REWARD_MODEL]["annotators"].items()
+        for annotator, (count, _) in sorted(annotators, key=lambda entry: -entry[1][0])[:MAX_ANNOTATORS]:
             cells = [found["annotators"].get(annotator) for found in self.models.values()]
             rows.append([f"{what}, {annotator} ({count})", *(_shown(cell and cell[1]) for cell in cells)])
         return ["", *self.models], rows
@@ -143,8 +147,6 @@ def make_report(model: RewardModel, held_out: Examples, training: Examples | Non
     outputs, thresholds, to_rating = _raw_outputs(model, held_out)
     prompts, responses = texts_of(held_out)
     scores = model.member_scores(prompts, responses)
-    from rlhf_gym.rewards.ensemble import combine, disagreement_of
-
     combined = combine(scores, model.rule, model.std_coef)
     predictions = {REWARD_MODEL: predict(held_out, outputs, thresholds, to_rating, combined)}
     if training is not None:
@@ -241,6 +243,14 @@ def _ordered(extra: np.ndarray) -> np.ndarray:
     import torch
 
     return ordered(torch.from_numpy(extra)).numpy() if len(extra) else extra
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _plain(entry) for key, entry in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(entry) for entry in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _shown(value: Any) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import sys
+import time
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -94,7 +95,7 @@ def train_reward_model(
         evaluation = as_examples(eval_records, **told, classes=examples.classes, gold=known)
     elif held_out:
         examples, evaluation = hold_out(examples, held_out, seed)
-    trainer = _Trainer(examples, model, tokenizer, config, device, reference)
+    trainer = _Trainer(examples, model, tokenizer, config, device, reference, seed)
     members = []
     for i in range(num_members):
         state = None if checkpoint is None else Path(checkpoint) / f"member_{i}"
@@ -124,14 +125,22 @@ class _Trainer:
     """What the members of an ensemble share: the data, and the features of a frozen trunk."""
 
     def __init__(
-        self, examples: Examples, model: Any, tokenizer: Any, config: RewardModelConfig, device: Any, reference: Any
+        self,
+        examples: Examples,
+        model: Any,
+        tokenizer: Any,
+        config: RewardModelConfig,
+        device: torch.device | str,
+        reference: Sequence[tuple[str, str]] | None,
+        seed: int,
     ):
-        self.examples, self.config, self.histories = examples, config, []  # type: ignore[var-annotated]
+        self.examples, self.config = examples, config
+        self.histories: list[dict[str, Any]] = []
         self.objective = make_objective(examples, config)
         self.join = choose_join(examples) if config.join is None else config.join
         names = examples.classes if examples.kind == "multi-class" else ("reward",)
-        self._load = lambda: load_network(model, tokenizer, names=names, config=config, device=device)
-        self.network, self.tokenizer = self._load()
+        self._source = {"model": model, "tokenizer": tokenizer, "names": names, "config": config, "device": device}
+        self.network, self.tokenizer = self._load(seed)
         self.tokenizer.truncation_side = "left"  # the response stays
         # Also the limit of the saved model, which its tokenizer and positions would otherwise tell.
         read: dict[str, Any] = {
@@ -149,6 +158,11 @@ class _Trainer:
         self.reading = read | {"max_tokens": limit}
         self.reference = texts_of(examples) if reference is None else tuple(map(list, zip(*reference, strict=True)))
         self._features: np.ndarray | None = None
+
+    def _load(self, seed: int) -> Any:
+        with torch.random.fork_rng():  # what transformers makes up for a new model, an encoder's pooler for instance
+            torch.manual_seed(seed)
+            return load_network(**self._source)
 
     @staticmethod
     def _set_recorded(network: Any, recorded: dict[str, Any]) -> None:
@@ -176,9 +190,7 @@ class _Trainer:
         return classifier(network, self.tokenizer)
 
     def _train(self, generator: torch.Generator, seed: int, checkpoint: Path | None, label: str | None) -> Any:
-        with torch.random.fork_rng():  # what transformers makes up for a new model
-            torch.manual_seed(seed)
-            network = self._load()[0]
+        network = self._load(seed)[0]
         init_head(network, generator)
         parameters = freeze(network, self.config.train_layers)
         examples, aside = self.examples, None
@@ -279,15 +291,23 @@ def solve_head(
 
 @contextmanager
 def _bar(label: str | None, total: int, initial: int = 0, unit: str = "judgement") -> Iterator[Any]:
-    """A progress bar with rates, on a terminal; a callback that advances it."""
+    """How far a training is, with rates: a bar on a terminal, elsewhere a line for each epoch. Gives what advances it."""
     from tqdm import tqdm
 
     shown = label is not None and sys.stderr.isatty()
+    began, lines = time.monotonic(), 0
     with tqdm(total=total, initial=min(initial, total), desc=label or None, unit=unit, disable=not shown) as bar:
 
         def advance(*said: Any) -> None:
-            if len(said) == 2 and said[0].history:
-                bar.set_postfix(loss=f"{said[0].history[-1]['loss']:.3f}", refresh=False)
+            nonlocal lines
+            history = said[0].history if len(said) == 2 else []
             bar.update(said[-1])
+            if history and shown:
+                bar.set_postfix(loss=f"{history[-1]['loss']:.3f}", refresh=False)
+            elif label is not None and len(history) > lines:
+                lines = len(history)
+                rate = (said[0].step * said[0].config.batch_size - initial) / (time.monotonic() - began)
+                where = f"{label}, " if label else ""
+                print(f"{where}epoch {lines}: loss {history[-1]['loss']:.3f}, {rate:.0f} {unit}s/s", flush=True)
 
         yield advance

@@ -2,6 +2,7 @@
 
 from .classify import classifier
 from .content_filter import content_filter
+from .ensemble import disagreement, ensemble
 from .human import human
 from .inputs import RewardError, RewardInputs, Scores
 from .judge import judge
@@ -26,6 +27,8 @@ __all__ = [
     "classifier",
     "clip",
     "content_filter",
+    "disagreement",
+    "ensemble",
     "exact_match",
     "human",
     "judge",
