@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import doctest
+import importlib
 import itertools
 import math
 
@@ -26,6 +28,12 @@ BT1 = math.log(1 + math.exp(-1))  # -log sigmoid(1)
 
 def pair(ranks=(0.0, 1.0), **more):
     return Example("p", ("a", "b"), ranks, **more)
+
+
+@pytest.mark.parametrize("module", ["reward_models.losses", "rewards.sequences"])
+def test_docstrings(module):
+    result = doctest.testmod(importlib.import_module(f"rlhf_gym.{module}"))
+    assert result.attempted > 0 and result.failed == 0
 
 
 def test_two_responses_are_bradley_and_terry():

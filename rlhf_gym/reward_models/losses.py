@@ -32,8 +32,9 @@ def plackett_luce(scores: Tensor, mask: Tensor, margins: Tensor | None = None) -
         Plackett 1975; Bradley and Terry 1952. The margin is that of Llama 2 (Touvron et al. 2023, eq. 2).
 
     Example:
-        >>> plackett_luce(torch.tensor([[1.0, 1.0, 1.0]]), torch.ones(1, 3, dtype=torch.bool)).exp()  # 3! orders
-        tensor([6.0000])
+        >>> equal = torch.tensor([[1.0, 1.0, 1.0]])
+        >>> plackett_luce(equal, torch.ones(1, 3, dtype=torch.bool)).exp().round()  # one of 3! orders
+        tensor([6.])
     """
     if margins is not None:
         scores = scores + torch.cat([torch.zeros_like(scores[:, :1]), margins[:, None].expand_as(scores[:, 1:])], 1)
