@@ -137,7 +137,7 @@ def test_the_command_goes_on_and_refuses_others_options(tmp_path, capsys):
         "base model" in printed and "round 1" in printed and (tmp_path / "loop" / "rounds.png").stat().st_size > 10_000
     )
     assert main([*command, "--rounds", "1", "--kl-coef", "0.5"]) == 2
-    assert "holds a loop with kl_coef 0.05, and now it is 0.5" in capsys.readouterr().err
+    assert "holds a loop with kl_coef 0.4, and now it is 0.5" in capsys.readouterr().err
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "mine.txt").write_text("x")
     assert main(["loop", "--out", str(tmp_path / "other")]) == 2

@@ -41,8 +41,8 @@ class LoopOptions:
     """Tokens of the training in each round."""
     num_envs: int = 128
     """Episodes that run side by side."""
-    kl_coef: float = 0.05
-    """Weight of the KL penalty per nat."""
+    kl_coef: float = 0.4
+    """Weight of the KL penalty per nat; the reward model's scores have a spread of 1."""
     learning_rate: float = 2e-4
     """PPO's."""
     max_prompt_tokens: int | None = None
