@@ -158,6 +158,8 @@ class _Trainer:
         self.reading = read | {"max_tokens": limit}
         self.reference = texts_of(examples) if reference is None else tuple(map(list, zip(*reference, strict=True)))
         self._features: np.ndarray | None = None
+        if config.train_layers != 0:  # each member then loads its own
+            self.network = None
 
     def _load(self, seed: int) -> Any:
         with torch.random.fork_rng():  # what transformers makes up for a new model, an encoder's pooler for instance
