@@ -97,10 +97,12 @@ def print_rounds(found: list[dict[str, Any]]) -> None:
     from rich.table import Table
 
     names = [name for name in ("gold", "proxy", "kl", "length") if any(name in each for each in found)]
-    table = Table("held-out prompts", *names, title="mean and 95 % interval")
+    table = Table("held-out prompts", *names, title="mean ± half of the 95 % interval")
     for number, each in enumerate(found):
-        cells = [
-            f"{each[n]['mean']:.3f} [{each[n]['low']:.3f}, {each[n]['high']:.3f}]" if n in each else "" for n in names
-        ]
+        cells = []
+        for name in names:
+            estimate = each.get(name)
+            half = None if estimate is None else (estimate["high"] - estimate["low"]) / 2
+            cells.append("" if estimate is None else f"{estimate['mean']:.3f} ± {half:.3f}")
         table.add_row("base model" if number == 0 else f"round {number}", *cells)
     Console(highlight=False).print(table)
