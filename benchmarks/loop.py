@@ -11,12 +11,13 @@ trained on that, or an ensemble whose members have seen different prompts and wh
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import tempfile
 from collections import defaultdict
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import gymnasium as gym
 import numpy as np
@@ -33,13 +34,24 @@ from .processes import run_cells
 
 EXPLOIT = "it came in a white box ."
 NUM_FORGED = 12
-LABEL_NOISE = 0.25
-# Name -> settings of the reward model.
-REMEDIES: dict[str, dict[str, Any]] = {
-    "one reward model": {"num_members": 1},
-    "ensemble, mean - std": {"num_members": 5, "rule": "mean-std"},
+TEMPERATURE = 0.1  # of the simulated annotators, in units of the gold score
+
+
+class Scenario(NamedTuple):
+    """One way to run the loop: settings, the share of wrong labels, and whether judgements are forged."""
+
+    config: dict[str, Any]
+    label_noise: float
+    forged: bool
+
+
+# With so small a KL coefficient the policy goes as far as the reward model leads it.
+_ASTRAY: dict[str, Any] = {"tokens_per_round": 30_000, "kl_coef": 0.02}
+SCENARIOS = {
+    "as `rlhf-gym loop` does it": Scenario({}, 0.1, False),
+    "one reward model": Scenario(_ASTRAY | {"num_members": 1}, 0.25, True),
+    "ensemble, mean - std": Scenario(_ASTRAY | {"num_members": 5, "rule": "mean-std"}, 0.25, True),
 }
-COMMON: dict[str, Any] = {"num_rounds": 3, "num_pairs": 200, "tokens_per_round": 30_000, "kl_coef": 0.02}
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -53,15 +65,15 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--plot", type=Path, help="draw what is in the file to this PNG and run nothing")
     options = parser.parse_args(argv)
     if options.plot is None:
-        wanted = [{"remedy": name, "seed": seed} for seed in range(options.num_seeds) for name in REMEDIES]
-        done = {(cell["remedy"], cell["seed"]) for cell in read_cells(options.out)}
-        missing = [key for key in wanted if (key["remedy"], key["seed"]) not in done]
+        wanted = [{"scenario": name, "seed": seed} for seed in range(options.num_seeds) for name in SCENARIOS]
+        done = {(cell["scenario"], cell["seed"]) for cell in read_cells(options.out)}
+        missing = [key for key in wanted if (key["scenario"], key["seed"]) not in done]
         for key, found in run_cells(
             run_one, missing, options.jobs, died=lambda key, code: {"failure": f"exit code {code}"}
         ):
-            append_cell(options.out, key | found | COMMON | provenance())
+            append_cell(options.out, key | found | provenance())
             print(
-                f"{key['remedy']}, seed {key['seed']}: {', '.join(f'{x:.3f}' for x in found.get('gold', []))}",
+                f"{key['scenario']}, seed {key['seed']}: {', '.join(f'{x:.3f}' for x in found.get('gold', []))}",
                 flush=True,
             )
     cells = read_cells(options.out)
@@ -70,13 +82,18 @@ def main(argv: Sequence[str] | None = None) -> None:
         figure(cells).savefig(options.plot, dpi=150)
 
 
-def run_one(remedy: str, seed: int) -> dict[str, Any]:
+def run_one(scenario: str, seed: int) -> dict[str, Any]:
     """One loop; what it ends with after each round, and its curves."""
     quiet_transformers()
-    config = LoopConfig(**COMMON, **REMEDIES[remedy])
-    annotators = [SimulatedAnnotator(f"simulated-{i}", 0.1, random_rate=2 * LABEL_NOISE) for i in range(3)]
+    chosen = SCENARIOS[scenario]
+    config = LoopConfig(**chosen.config)
+    # A coin is wrong half of the time.
+    noise = 2 * chosen.label_noise
+    annotators = [SimulatedAnnotator(f"simulated-{i}", TEMPERATURE, random_rate=noise) for i in range(3)]
+    judge = simulated(annotators, seed)
     with tempfile.TemporaryDirectory() as folder:
-        loop = Loop(folder, config, forged_first(simulated(annotators, seed), seed), seed=seed, say=lambda line: None)
+        judge = forged_first(judge, seed) if chosen.forged else judge
+        loop = Loop(folder, config, judge, seed=seed, say=lambda line: None)
         found = loop.run()
         curves = [
             [json.loads(line) for line in (Path(folder) / f"round_{number}" / CURVE).read_text().splitlines()]
@@ -88,7 +105,8 @@ def run_one(remedy: str, seed: int) -> dict[str, Any]:
         ]
     names = ("gold", "kl", "proxy")
     ends = {name: [each[name]["mean"] for each in found if name in each] for name in names}
-    return ends | {"exploited": exploited, "curves": curves}
+    settings = dataclasses.asdict(config) | {"label_noise": chosen.label_noise, "forged": chosen.forged}
+    return ends | {"exploited": exploited, "curves": curves, "settings": settings}
 
 
 def forged_first(judge: Judge, seed: int) -> Judge:
@@ -124,16 +142,16 @@ def _share_with_exploit(path: Path) -> float:
 
 def table(cells: Sequence[dict[str, Any]]) -> list[str]:
     """Markdown: held-out gold score after each round, mean over seeds with its 95 % interval."""
-    by_remedy: dict[str, list[dict[str, Any]]] = defaultdict(list)
+    by_scenario: dict[str, list[dict[str, Any]]] = defaultdict(list)
     for cell in cells:
         if "gold" in cell:
-            by_remedy[cell["remedy"]].append(cell)
+            by_scenario[cell["scenario"]].append(cell)
     rounds = max((len(cell["gold"]) for cell in cells if "gold" in cell), default=1)
     lines = [
         "| | base model | " + " | ".join(f"round {n}" for n in range(1, rounds)) + " |",
         "|---" * (rounds + 1) + "|",
     ]
-    for name, group in by_remedy.items():
+    for name, group in by_scenario.items():
         numbers = [mean_and_half_width([cell["gold"][n] for cell in group]) for n in range(rounds)]
         lines.append(f"| {name}, {len(group)} seeds | " + " | ".join(f"{m:.3f} ± {h:.3f}" for m, h in numbers) + " |")
     return lines
@@ -145,14 +163,14 @@ def figure(cells: Sequence[dict[str, Any]]) -> Any:
 
     from rlhf_gym.plots import STYLES
 
-    cells = [cell for cell in cells if "curves" in cell]
+    cells = [cell for cell in cells if "curves" in cell and SCENARIOS[cell["scenario"]].forged]
     rounds = max(len(cell["curves"]) for cell in cells)
     drawn = Figure(figsize=(4.0 * rounds, 6.4), layout="constrained")
     for row, (column, label) in enumerate((("proxy", "reward model's score (paid)"), ("gold", "gold score (true)"))):
         for number in range(rounds):
             axes = drawn.add_subplot(2, rounds, row * rounds + number + 1)
-            for name, style in zip(REMEDIES, STYLES, strict=False):
-                lines = [cell["curves"][number] for cell in cells if cell["remedy"] == name]
+            for name, style in zip(dict.fromkeys(cell["scenario"] for cell in cells), STYLES, strict=False):
+                lines = [cell["curves"][number] for cell in cells if cell["scenario"] == name]
                 if not lines:
                     continue
                 for line in lines:
