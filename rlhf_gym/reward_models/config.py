@@ -14,8 +14,8 @@ class RewardModelConfig:
     """How a reward model is trained; nothing in it depends on the data."""
 
     kind: Kind = "auto"
-    """What the judgements are: auto takes preference for pairs and rankings, regression for ratings, binary for two classes
-    and multi-class for more; ordinal takes ratings as steps of unknown size."""
+    """What the judgements are: auto takes preference for pairs and rankings, regression for ratings, binary for two
+    classes and multi-class for more; ordinal takes ratings as steps of unknown size."""
     positive_label: str | None = None
     """The class whose probability is the reward; True, 1, or the last by name of two classes when left out."""
     learning_rate: float | None = None
@@ -34,14 +34,14 @@ class RewardModelConfig:
     """Upper blocks that are trained with the head; all of the model when left out. 0 trains the head alone: a convex
     problem, which is solved with the weight decay that cross-validation chooses, whatever the options above say."""
     num_layers: int | None = None
-    """Keep the lower blocks of the model only: its middle often knows more about a text than its end; all when left out."""
+    """Keep the lower blocks only: the middle of a model often knows more of a text than its end; all when left out."""
     from_scratch: bool = False
     """Start from random weights: of the model nothing but its shape and tokenizer is used."""
     dropout: bool = False
     """Keep the model's own dropout in training."""
     label_smoothing: float = 0.0
-    """Probability with which a judgement is taken to be the wrong way round, in [0, 0.5); of multi-class that any class is
-    right."""
+    """Probability with which a judgement is taken to be the wrong way round, in [0, 0.5); of multi-class that any class
+    is right."""
     margins: bool = True
     """Ask of a pair with a margin that its rewards differ by more than that."""
     center_coef: float = 0.01
@@ -51,8 +51,8 @@ class RewardModelConfig:
     reads: Literal["prompt+response", "response", "pair"] = "prompt+response"
     """What the model is given: one text, the response alone, or two segments."""
     join: str | None = None
-    """What goes between prompt and response where neither has white space there; when left out a space if the data never
-    has any there and words would run together, else nothing."""
+    """What goes between prompt and response where neither has white space there; when left out a space if the data
+    never has any there and words would run together, else nothing."""
     max_tokens: int | None = None
     """Longest text; longer ones lose their beginning. The model's own limit when left out."""
 

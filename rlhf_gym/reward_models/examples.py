@@ -42,8 +42,8 @@ class Ranking:
     def __post_init__(self) -> None:
         if len(self.responses) < 2 or len(self.ranks) != len(self.responses):
             raise ValueError(
-                f"a ranking must have two or more responses and a rank for each, got {len(self.responses)} responses and "
-                f"{len(self.ranks)} ranks"
+                f"a ranking must have two or more responses and a rank for each, got {len(self.responses)} responses "
+                f"and {len(self.ranks)} ranks"
             )
 
 
@@ -74,7 +74,7 @@ class Examples:
     """One of `rlhf_gym.reward_models.config.Kind`, not "auto"."""
     items: list[Example]
     classes: tuple[str, ...] = ()
-    """Names of the classes, or the levels of ordinal ratings, in order. Of binary ones the second is the positive one."""
+    """Names of the classes, or ordinal levels, in order. Of binary ones the second is the positive one."""
 
     def __len__(self) -> int:
         return len(self.items)
@@ -101,8 +101,8 @@ GOLD = {"chosen": (1.0, 0.0), "rejected": (0.0, 1.0), "tie": (0.5, 0.5)}
 def load_judgements(path: str | Path, tokenizer: Any = None) -> Judgements:
     """Read a file: what `rlhf_gym.data.load_records` reads, and rankings (columns prompt, responses, ranks).
 
-    A column "gold" says what is truly so: of a pair "chosen", "rejected" or "tie", of a ranking a number for each response,
-    of a label or rating a number.
+    A column "gold" says what is truly so: of a pair "chosen", "rejected" or "tie", of a ranking a number for each
+    response, of a label or rating a number.
 
     Args:
         path: A JSONL file.

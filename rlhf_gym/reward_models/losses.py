@@ -17,8 +17,8 @@ _FAR = -1e30  # finite: the difference of two infinities would be NaN
 def plackett_luce(scores: Tensor, mask: Tensor, margins: Tensor | None = None) -> Tensor:
     """-log P(order) for responses sorted from the best to the worst.
 
-    P = prod_j exp(s_j) / sum_{i >= j} exp(s_i): the best is chosen among all, then the second among the others, and so on.
-    Of two responses it is Bradley and Terry's model, P = sigmoid(s_0 - s_1).
+    P = prod_j exp(s_j) / sum_{i >= j} exp(s_i): the best is chosen among all, then the second among the others, and so
+    on. Of two responses it is Bradley and Terry's model, P = sigmoid(s_0 - s_1).
 
     Args:
         scores: From best to worst, anything where the mask is False. Shape (M, K), float.
@@ -99,5 +99,5 @@ def ordinal(scores: Tensor, levels: Tensor, thresholds: Tensor) -> Tensor:
 
 
 def ordered(free: Tensor) -> Tensor:
-    """Increasing thresholds from free parameters: the first, and the logarithms of the steps. Shape (num_levels - 1,)."""
+    """Increasing thresholds from the first and the logarithms of the steps. Shape (num_levels - 1,)."""
     return torch.cat([free[:1], free[:1] + free[1:].exp().cumsum(0)])

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from rlhf_gym.intervals import Estimate, mean_estimate, share_estimate
+from rlhf_gym.intervals import CONFIDENCE, Estimate, mean_estimate, share_estimate
 
 from .examples import Example, Examples
 
@@ -24,8 +24,8 @@ class Predictions:
     scores: np.ndarray
     """Shape (T,), float64: the reward."""
     probabilities: np.ndarray | None = None
-    """Of compared responses P(the better one of each pair is preferred), shape (number of pairs,); of classes and levels
-    (T, C); None for ratings."""
+    """Of compared responses P(the better one of each pair is preferred), shape (number of pairs,); of classes and
+    levels (T, C); None for ratings."""
     values: np.ndarray | None = None
     """The rating, or the expected level. Shape (T,)."""
 
@@ -110,8 +110,8 @@ def _of_pairs(items: Sequence[Example], index: np.ndarray, predictions: Predicti
         confidence = np.maximum(p, 1 - p)[decided]
         found["ece"] = calibration_error(confidence, wins(p - 0.5)[decided])
         found["calibration"] = calibration_curve(confidence, wins(p - 0.5)[decided])
-    # Which of two is called better is known; their order is turned round for half of the sum, so that the correlation is
-    # about length and score, and not about chosen ones being longer.
+    # Which of two is called better is known; their order is turned round for half of the sum, so that the correlation
+    # is about length and score, and not about chosen ones being longer.
     both = np.concatenate([difference, -difference]), np.concatenate([longer, -longer])
     found["length_correlation"] = correlation(*both)
     found["annotators"] = _by_annotator([items[b].annotator for b in pairs.item], right, prompts)
@@ -135,7 +135,7 @@ def wins(difference: np.ndarray) -> np.ndarray:
 
 
 def calibration_curve(confidence: np.ndarray, right: np.ndarray) -> list[dict[str, float]]:
-    """What a model that is sure to some degree gets right, in ten equal steps of confidence; steps without any are left out.
+    """What a model that is sure to some degree gets right, in ten equal steps of confidence, without empty ones.
 
     Args:
         confidence: Probability that it gave to what it predicted. Shape (N,), in (0, 1].
@@ -167,6 +167,16 @@ def calibration_error(confidence: np.ndarray, right: np.ndarray) -> float:
     return sum(step["count"] * abs(step["accuracy"] - step["confidence"]) for step in curve) / len(confidence)
 
 
+def wilson(share: np.ndarray, count: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The ends of Wilson's 95 % intervals of shares."""
+    from scipy.stats import norm
+
+    z = float(norm.ppf(0.5 + CONFIDENCE / 2))
+    centre = (share + z**2 / (2 * count)) / (1 + z**2 / count)
+    half = z / (1 + z**2 / count) * np.sqrt(share * (1 - share) / count + z**2 / (4 * count**2))
+    return centre - half, centre + half
+
+
 def correlation(x: np.ndarray, y: np.ndarray) -> float | None:
     """Pearson's correlation; None where one of the two does not vary."""
     if len(x) < 2 or x.std() == 0 or y.std() == 0:
@@ -191,7 +201,7 @@ def _gold(items: Sequence[Example]) -> np.ndarray:
 def _by_annotator(
     annotators: Sequence[str | None], quality: np.ndarray, index: np.ndarray
 ) -> dict[str, tuple[int, Estimate]]:
-    """Number of judgements and mean quality (accuracy, or minus the absolute error) for each annotator, sorted by name."""
+    """Number of judgements and mean quality (accuracy, or minus the absolute error), by annotator."""
     names = sorted({name for name in annotators if name is not None})
     found = {}
     for name in names:

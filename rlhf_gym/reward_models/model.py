@@ -76,8 +76,8 @@ class RewardModel:
         """Write a directory that ``reward=`` takes.
 
         One member is a directory of ``AutoModelForSequenceClassification.from_pretrained``; of several, each is one, in
-        ``member_0``, ``member_1``, ... beside ``ensemble.json``. The report lies beside them. The directory appears whole
-        or not at all.
+        ``member_0``, ``member_1``, ... beside ``ensemble.json``. The report lies beside them. The directory appears
+        whole or not at all.
 
         Raises:
             FileExistsError: If there is something else at ``directory``.

@@ -103,8 +103,8 @@ def _from_files(model: Any, num_outputs: int) -> PreTrainedModel:
         )
     except Exception as error:
         raise ValueError(
-            f"model={str(model)!r} cannot be loaded with a head for texts, from safetensors and without code of its own: "
-            f"{error}"
+            f"model={str(model)!r} cannot be loaded with a head for texts, from safetensors and without code of its "
+            f"own: {error}"
         ) from error
     finally:
         logging.set_verbosity(verbosity)

@@ -1,4 +1,4 @@
-"""What held-out judgements say of a reward model, beside what they say of simple models: JSON, Markdown and a picture."""
+"""What held-out judgements say of a reward model and of simple models: JSON, Markdown and a picture."""
 
 from __future__ import annotations
 
@@ -22,11 +22,12 @@ from .baselines import ORDERS, fit_baseline
 from .config import RewardModelConfig
 from .examples import Examples
 from .losses import ordered
-from .metrics import Predictions, measure, pairs_of
+from .metrics import Predictions, measure, pairs_of, wilson
 from .model import RewardModel, split_by_item, texts_of
 from .objectives import RegressionObjective, make_objective
 
 REWARD_MODEL, LONGER = "reward model", "longer"
+MIN_SHOWN = 10  # judgements of a step of confidence in the picture; report.json has all of them
 MAX_ANNOTATORS = 20  # in the table, those with the most judgements; report.json has them all
 LABELS = {
     "accuracy": "accuracy",
@@ -88,13 +89,13 @@ class Report:
         header, rows = self.table()
         lines = ["| " + " | ".join(_cell(c) for c in row) + " |" for row in [header, ["---"] * len(header), *rows]]
         said = [
-            f"{self.num_judgements} held-out judgements ({self.kind}) of {self.num_prompts} prompts; ± and [low, high] are "
-            "95 % intervals over prompts."
+            f"{self.num_judgements} held-out judgements ({self.kind}) of {self.num_prompts} prompts; ± and [low, high] "
+            "are 95 % intervals over prompts."
         ]
         if self.kind == "preference":
             said.append(
-                f"Judged equal: {self.num_ties} of the pairs. They count in the log-loss, as half a win for each, and not in "
-                "the accuracy; equal scores count as half right."
+                f"Judged equal: {self.num_ties} of the pairs. They count in the log-loss, as half a win for each, and not "
+                "in the accuracy; equal scores count as half right."
             )
         gold = self.models[REWARD_MODEL].get("gold", {}).get("agreement_of_the_judgements")
         if gold is not None:
@@ -106,7 +107,7 @@ class Report:
         return "\n".join([*said, "", *lines])
 
     def figure(self) -> Any:
-        """How often each model is right when it is sure to some degree."""
+        """How often each model is right when it is sure to some degree; of the reward model with 95 % intervals."""
         from matplotlib.figure import Figure
 
         figure = Figure(figsize=(4.6, 3.8), layout="constrained")
@@ -116,8 +117,11 @@ class Report:
         low = 0.5 if low >= 0.5 else 0.0
         axes.plot([low, 1], [low, 1], color="grey", linewidth=1, label="calibrated")
         for (name, curve), style in zip(curves.items(), STYLES * len(curves), strict=False):
-            x, y = ([step[axis] for step in curve] for axis in ("confidence", "accuracy"))
+            shown = [step for step in curve if step["count"] >= MIN_SHOWN] or curve
+            x, y, n = (np.array([step[axis] for step in shown]) for axis in ("confidence", "accuracy", "count"))
             axes.plot(x, y, label=name, markersize=4, **style)
+            if name == REWARD_MODEL:
+                axes.fill_between(x, *wilson(y, n), color=style["color"], alpha=0.15, linewidth=0)
         axes.set(xlabel="probability given to what it predicts", ylabel="share that is right", ylim=(-0.02, 1.02))
         axes.grid(alpha=0.3)
         axes.legend()

@@ -54,8 +54,8 @@ def train_reward_model(
 
     Args:
         records: `rlhf_gym.data.Preference` and `Ranking`, or `Rating`, or `Labelled`.
-        model: Where it starts from: a causal language model or encoder (packaged name, directory, hub id, ``.gguf`` file or
-            object), or an earlier reward model. What is passed is not changed.
+        model: Where it starts from: a causal language model or encoder (packaged name, directory, hub id, ``.gguf``
+            file or object), or an earlier reward model. What is passed is not changed.
         tokenizer: Its tokenizer; None takes the one beside the model.
         config: How it is trained.
         num_members: K. Members differ by their heads' first weights and the order of the data; where the head alone is
@@ -66,8 +66,9 @@ def train_reward_model(
         held_out: Without ``eval_records``, share of the prompts that is held out for it; 0 is none, and no report.
         reference: (prompt, response) pairs on which rewards get mean 0 and standard deviation 1; the responses that are
             trained on when left out.
-        gold: What is truly so, and the report says how far they agree: a reward, in any form that ``reward=`` takes, or a
-            list with the true scores of the responses of each held-out record (of ``records`` without ``eval_records``).
+        gold: What is truly so, and the report says how far they agree: a reward, in any form that ``reward=`` takes, or
+            a list with the true scores of the responses of each held-out record (of ``records`` without
+            ``eval_records``).
         baselines: Report linear and n-gram models beside it.
         seed: Seed of everything.
         device: "auto" is CUDA where there is one.
@@ -293,7 +294,7 @@ def solve_head(
 
 @contextmanager
 def _bar(label: str | None, total: int, initial: int = 0, unit: str = "judgement") -> Iterator[Any]:
-    """How far a training is, with rates: a bar on a terminal, elsewhere a line for each epoch. Gives what advances it."""
+    """How far a training is, with rates: a bar on a terminal, elsewhere a line for each epoch; gives its callback."""
     from tqdm import tqdm
 
     shown = label is not None and sys.stderr.isatty()

@@ -1,6 +1,7 @@
 """Several rewards as one: their mean, the least of them, or the mean less what they disagree by.
 
-A policy that is trained on one reward model finds what that model is wrong about. Models that were trained apart are wrong
+A policy that is trained on one reward model finds what that model is wrong about. Models that were trained apart are
+wrong
 about different things: where they disagree, a careful rule pays less.
 """
 
@@ -41,8 +42,8 @@ def combine(scores: np.ndarray, rule: str, std_coef: float = 1.0) -> np.ndarray:
         Shape (B,), float64.
 
     Source:
-        Coste et al. 2024, "Reward model ensembles help mitigate overoptimization". Differs: the standard deviation, which
-        has the unit of the score, where they take the variance.
+        Coste et al. 2024, "Reward model ensembles help mitigate overoptimization". Differs: the standard deviation,
+        which has the unit of the score, where they take the variance.
     """
     if rule == "min":
         return scores.min(0)
@@ -123,8 +124,9 @@ def ensemble(
     """Several rewards as one.
 
     Args:
-        members: A directory that ``rlhf-gym train-rm --members`` wrote, an :class:`Ensemble` (for another rule), or rewards
-            of any form that ``reward=`` takes. Their scores should have one scale, as those of reward models have.
+        members: A directory that ``rlhf-gym train-rm --members`` wrote, an :class:`Ensemble` (for another rule), or
+            rewards of any form that ``reward=`` takes. Their scores should have one scale, as those of reward models
+            have.
         rule: "mean", "min" or "mean-std", see :func:`combine`. None takes that of the directory, else "mean".
         std_coef: The price of disagreement under "mean-std", >= 0. None takes that of the directory, else 1.
         device: Where models go that are loaded here.
@@ -163,8 +165,8 @@ def ensemble(
 def disagreement(members: Any) -> Disagreement:
     """How much the members disagree about a response: the standard deviation of their scores.
 
-    As a metric of the environment (``metrics={"disagreement": disagreement(DIR)}``) it is reported and not paid; where it
-    is large, people should be asked.
+    As a metric of the environment (``metrics={"disagreement": disagreement(DIR)}``) it is reported and not paid; where
+    it is large, people should be asked.
 
     Args:
         members: As of :func:`ensemble`.
