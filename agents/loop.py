@@ -15,6 +15,7 @@ model (``reward_model/``), the policy (``policy/``), ``curve.jsonl`` (proxy, gol
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import time
 from collections.abc import Callable, Sequence
@@ -29,7 +30,9 @@ from rlhf_gym.atomic import write_json, write_text
 from rlhf_gym.evaluation import as_json, evaluate
 from rlhf_gym.feedback import FeedbackStore, Item, SimulatedAnnotator, preferences
 from rlhf_gym.feedback.judgements import Comparison
-from rlhf_gym.reward_models import RewardModelConfig, train_reward_model
+from rlhf_gym.reward_models import RewardModel, RewardModelConfig, train_reward_model
+from rlhf_gym.reward_models.examples import as_examples
+from rlhf_gym.reward_models.report import make_report
 
 from .ppo import PPO
 
@@ -52,7 +55,8 @@ class LoopConfig:
         num_members: Reward models in the ensemble.
         rule: How they are combined: "mean", "min" or "mean-std".
         std_coef: Price of disagreement under "mean-std".
-        reward_model: How they are trained. None: the head alone, on the frozen base model.
+        held_out: Share of the prompts whose judgements are kept from the reward model, for its report.
+        reward_model: How they are trained; None: as `train_reward_model` does it, from the base model.
         tokens_per_round: Response tokens of PPO's training.
         num_envs: Rows of its environment.
         kl_coef: Weight of the KL penalty. The reward model's scores have a standard deviation of 1 on what it has seen, so
@@ -70,6 +74,7 @@ class LoopConfig:
     num_members: int = 3
     rule: str = "mean"
     std_coef: float = 1.0
+    held_out: float = 0.1
     reward_model: RewardModelConfig | None = None
     tokens_per_round: int = 40_000
     num_envs: int = 128
@@ -81,6 +86,8 @@ class LoopConfig:
         for name in ("num_rounds", "num_pairs", "num_members", "tokens_per_round", "num_envs", "num_eval_episodes"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be >= 1, got {getattr(self, name)}")
+        if not 0 <= self.held_out < 1:
+            raise ValueError(f"held_out must be in [0, 1), got {self.held_out}")
 
 
 class Loop:
@@ -141,20 +148,7 @@ class Loop:
             self.judge(store, items, gold, number)
             records = preferences(store)
         self.say(f"round {number}: {len(records)} judgements so far; fitting the reward model")
-        envs = self._envs("length", 1)
-        language_model = envs.unwrapped.language_model
-        reward_model = train_reward_model(
-            records,
-            model=language_model.model,
-            tokenizer=language_model.tokenizer,
-            config=cfg.reward_model or RewardModelConfig(train_layers=0),
-            num_members=cfg.num_members,
-            rule=cfg.rule,
-            std_coef=cfg.std_coef,
-            gold=cfg.gold,
-            baselines=False,
-            seed=self._seed(number),
-        )
+        reward_model = self.fit(records, number)
         reward_model.save(folder / "reward_model")
         self.say(f"round {number}: training the policy against it")
         envs = self._envs(reward_model.reward, cfg.num_envs)
@@ -171,6 +165,39 @@ class Loop:
         write_text(folder / CURVE, "".join(json.dumps(point) + "\n" for point in curve))
         # Last: a round that has its evaluation is finished.
         write_json(folder / EVALUATION, self._measure(agent, envs))
+
+    def fit(self, records: Sequence[Any], number: int) -> RewardModel:
+        """The reward model of a round, from all judgements so far; those of some prompts are held out for its report.
+
+        The members of an ensemble learn from different judgements: prompts drawn with replacement.
+        """
+        cfg, seed = self.config, self._seed(number)
+        language_model = self._envs("length", 1).unwrapped.language_model
+        # Scores have the same unit in all rounds: their spread over the base model's responses.
+        base, _ = self._pairs(1, self._folder(1))
+        reference = [(item.prompt, response) for item in base for response in item.responses]
+        rng = np.random.default_rng([seed, 1])
+        prompts = list(dict.fromkeys(record.prompt for record in records))
+        aside = set(rng.choice(prompts, int(cfg.held_out * len(prompts)), replace=False).tolist())
+        training = [record for record in records if record.prompt not in aside]
+        members: tuple[Any, ...] = ()
+        for member in range(cfg.num_members):
+            drawn = training if cfg.num_members == 1 else _by_drawn_prompts(training, rng)
+            model = train_reward_model(
+                drawn,
+                model=language_model.model,
+                tokenizer=language_model.tokenizer,
+                config=cfg.reward_model,
+                held_out=0,
+                reference=reference,
+                seed=seed + member,
+            )
+            members += model.members
+        whole = dataclasses.replace(model, members=members, rule=cfg.rule, std_coef=cfg.std_coef)
+        if not aside:
+            return whole
+        held_out = as_examples([record for record in records if record.prompt in aside])
+        return dataclasses.replace(whole, report=make_report(whole, held_out, None, gold=cfg.gold))
 
     def _pairs(self, number: int, folder: Path) -> tuple[list[Item], np.ndarray | None]:
         """The pairs of a round with the gold rewards of each, (n, 2); sampled once and then read from its file."""
@@ -263,6 +290,15 @@ def people(say: Callable[[str], None] = print, *, timeout_s: float = float("inf"
             time.sleep(poll_s)
 
     return judge
+
+
+def _by_drawn_prompts(records: Sequence[Any], rng: np.random.Generator) -> list[Any]:
+    """As many prompts as there are, drawn with replacement, with all that is said of each."""
+    by_prompt: dict[str, list[Any]] = {}
+    for record in records:
+        by_prompt.setdefault(record.prompt, []).append(record)
+    groups = list(by_prompt.values())
+    return [record for i in rng.integers(len(groups), size=len(groups)) for record in groups[i]]
 
 
 def _in_words(found: dict[str, Any]) -> str:
