@@ -207,6 +207,19 @@ def test_help_is_light():
     )
 
 
+@pytest.mark.parametrize("arguments", [("train", "--help"), ("--version",)])
+def test_a_reader_that_goes_is_no_error(arguments):
+    reading, writing = os.pipe()
+    os.close(reading)  # as `| head` does once it has seen enough
+    try:
+        done = subprocess.run(
+            [sys.executable, "-m", "rlhf_gym", *arguments], stdout=writing, stderr=subprocess.PIPE, text=True
+        )
+    finally:
+        os.close(writing)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
 def test_ctrl_c_before_training(place, capsys, monkeypatch):
     def interrupt(*args, **kwargs):
         os.kill(os.getpid(), signal.SIGINT)

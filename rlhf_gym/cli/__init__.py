@@ -30,24 +30,35 @@ def main(argv: Sequence[str] | None = None) -> int:
         The exit code.
     """
     try:
-        verb, options = parse(sys.argv[1:] if argv is None else argv)
+        try:
+            verb, options = parse(sys.argv[1:] if argv is None else argv)
+        finally:
+            sys.stdout.flush()  # what --help has printed: here it is noticed that nobody reads it, and not at exit
     except UsageError as error:
         return _fail(str(error))
+    except BrokenPipeError:
+        return _reader_has_gone()
     if hasattr(sys.stdout, "reconfigure"):
         sys.stdout.reconfigure(errors="replace")  # a terminal that cannot show a character of a response shows "?"
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # no warning when a worker forks later
     try:
-        return importlib.import_module(VERBS[verb].module).run(options) or 0
+        code = importlib.import_module(VERBS[verb].module).run(options) or 0
+        sys.stdout.flush()
+        return code
     except KeyboardInterrupt as interrupt:
         return _fail(str(interrupt) or "interrupted", code=128 + signal.SIGINT)
     except BrokenPipeError:
-        # The reader (`| head`) has gone. Python would complain once more when it flushes at exit.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
+        return _reader_has_gone()
     except _INPUT_ERRORS as error:
         if os.environ.get("RLHF_GYM_TRACEBACK"):
             raise
         return _fail(str(error) or type(error).__name__)
+
+
+def _reader_has_gone() -> int:
+    """Ends as if all had been read (`| head`); without this Python would complain once more when it flushes at exit."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return 0
 
 
 def _fail(message: str, code: int = 2) -> int:
