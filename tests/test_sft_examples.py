@@ -6,6 +6,7 @@ import copy
 
 import pytest
 import torch
+from tokenizers.processors import TemplateProcessing
 from worlds import VOCABULARY, model, tokenizer
 
 from rlhf_gym.data import Demonstration, Labelled, Preference
@@ -89,6 +90,21 @@ def test_a_prompt_is_asked_as_the_environment_asks_it():
     encoder = PromptEncoder(words, lm.vocab_size, lm.eos_token_ids, lm.bos_token_id, None)
     assert list(found.ids[: found.num_context]) == encoder.encode({"prompt": "su"}, None, "").ids.tolist()
     assert words.decode(found.ids[found.num_context : -1]) == "nny sun" and found.ids[-1] == words.eos_token_id
+
+
+def test_a_prompt_never_begins_with_two_bos(lm):
+    """The tokenizer puts one before each text, a chat template writes one into it."""
+    words = copy.deepcopy(lm.tokenizer)
+    words.backend_tokenizer.post_processor = TemplateProcessing(single="<bos> $A", special_tokens=[("<bos>", BOS)])
+    encoder = PromptEncoder(words, lm.vocab_size, lm.eos_token_ids, lm.bos_token_id, None)
+
+    def asked(text: str) -> list[int]:
+        return encoder.encode({"prompt": text}, None, "").ids.tolist()
+
+    assert words("<bos> the cat")["input_ids"][:2] == [BOS, BOS]  # or there is nothing to test
+    assert asked("the cat") == asked("<bos> the cat") == [BOS, *ids("the cat")]
+    assert asked("") == asked("<bos>") == [BOS]
+    assert asked("<bos> <bos> the cat") == [BOS, BOS, *ids("the cat")]  # whoever writes two means two
 
 
 def test_a_long_text_becomes_pieces_that_learn_every_token_once(lm):

@@ -109,7 +109,8 @@ class PromptEncoder:
         vocab_size: V of the model; ids must be below it.
         eos_token_ids: An EOS that the tokenizer appends by itself is dropped: the response has not ended before it
             begins.
-        bos_token_id: Stands for the empty prompt.
+        bos_token_id: Stands for the empty prompt. One that the tokenizer puts before a text which begins with it, as a
+            chat template's does, is dropped: no model was trained on two.
         truncate: None (a long prompt is an error) or "left" (keep BOS and the last tokens).
     """
 
@@ -133,6 +134,10 @@ class PromptEncoder:
             plain = self.tokenizer(text, add_special_tokens=False)["input_ids"]
             if not plain or plain[-1] != ids[-1]:
                 ids.pop()
+        if len(ids) > 1 and ids[0] == ids[1] == self.bos_token_id:
+            plain = self.tokenizer(text, add_special_tokens=False)["input_ids"]
+            if ids[1 : len(plain) + 1] == plain:
+                del ids[0]
         if not ids:
             if self.bos_token_id is None:
                 raise ValueError(
