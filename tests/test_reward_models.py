@@ -139,11 +139,27 @@ def test_early_stopping_takes_the_best_epoch():
     losses = [epoch["held_aside_loss"] for epoch in trained.details["members"][0]["epochs"]]
     best = int(np.argmin(losses))
     assert best < 5 and losses[best] < losses[-1] - 0.1
-    _, aside = hold_out(as_examples(coins), 0.1, seed=0)
+    _, aside = hold_out(as_examples(coins), 0.1, seed=-1)
     spread = getattr(trained.members[0].model.config, RECORDED)["spread"]
     texts = [(item.prompt, response) for item in aside.items for response in item.responses]
     gaps = spread * np.diff(score(trained, texts).reshape(-1, 2))[:, 0]  # the rejected one minus the chosen one
     assert np.logaddexp(0, gaps).mean() == pytest.approx(losses[best], abs=1e-4)
+
+
+def test_a_tenth_is_set_aside_of_what_is_not_held_out(monkeypatch):
+    sizes = []
+
+    class Stops(fit_module.Fit):
+        def __init__(self, network, parameters, texts, *more, held_aside, **options):
+            sizes.extend((len(texts.items), len(held_aside.items)))
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr("rlhf_gym.reward_models.train.Fit", Stops)
+    pairs = [Preference(f"the cat {i}", "sat good", "sat bad") for i in range(200)]
+    with pytest.raises(KeyboardInterrupt):
+        train(pairs, early_stopping=True, held_out=0.1)
+    # 200 * .9 * .1 = 18 in the mean, with a standard deviation of 4: the report's tenth must not be drawn again.
+    assert 6 <= sizes[1] <= 30 and 150 <= sum(sizes) <= 195
 
 
 def test_rankings_and_ties():
