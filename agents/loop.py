@@ -79,7 +79,7 @@ class LoopConfig:
     tokens_per_round: int = 40_000
     num_envs: int = 128
     kl_coef: float = 0.4
-    agent: dict[str, Any] = field(default_factory=lambda: {"learning_rate": 2e-4})
+    agent: dict[str, Any] = field(default_factory=dict)
     num_eval_episodes: int = 256
 
     def __post_init__(self) -> None:

@@ -43,7 +43,7 @@ class LoopOptions:
     """Episodes that run side by side."""
     kl_coef: float = 0.4
     """Weight of the KL penalty per nat; the reward model's scores have a spread of 1."""
-    learning_rate: float = 2e-4
+    learning_rate: float = 1e-4
     """PPO's."""
     max_prompt_tokens: int | None = None
     """Longest prompt in tokens; the longest that is given when left out."""
