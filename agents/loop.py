@@ -29,7 +29,8 @@ import numpy as np
 from rlhf_gym.atomic import write_json, write_text
 from rlhf_gym.evaluation import as_json, evaluate
 from rlhf_gym.feedback import FeedbackStore, Item, SimulatedAnnotator, preferences
-from rlhf_gym.feedback.judgements import Comparison
+from rlhf_gym.feedback.items import SAMPLING
+from rlhf_gym.feedback.judgements import Comparison, Skip
 from rlhf_gym.reward_models import RewardModel, RewardModelConfig, train_reward_model
 from rlhf_gym.reward_models.examples import as_examples
 from rlhf_gym.reward_models.report import make_report
@@ -206,7 +207,7 @@ class Loop:
             self.say(f"round {number}: sampling {self.config.num_pairs} pairs")
             write_text(path, "".join(json.dumps(row) + "\n" for row in self._sample(number)))
         rows = [json.loads(line) for line in path.read_text().splitlines()]
-        items = [Item(row["prompt"], tuple(row["responses"]), checkpoint=row["checkpoint"]) for row in rows]
+        items = [Item(row["prompt"], tuple(row["responses"]), row["checkpoint"], row.get("sampling")) for row in rows]
         known = self.config.gold is not None
         return items, np.array([row["gold"] for row in rows]) if known else None
 
@@ -230,11 +231,13 @@ class Loop:
         )
         gold = found.others.get("gold", np.full(len(found.samples), np.nan))
         pairs = zip(found.samples, found.samples[cfg.num_pairs :], gold, gold[cfg.num_pairs :], strict=False)
+        sampling = {name: cfg.env[name] for name in SAMPLING if cfg.env.get(name) is not None}
         return [
             {
                 "prompt": first["prompt"],
                 "responses": [first["response"], second["response"]],
                 "checkpoint": checkpoint,
+                "sampling": {**sampling, "seed": self._seed(number)},
                 "gold": [float(x), float(y)] if cfg.gold is not None else None,
             }
             for first, second, x, y in pairs
@@ -270,21 +273,27 @@ def simulated(annotators: Sequence[SimulatedAnnotator], seed: int = 0) -> Judge:
 
 
 def people(say: Callable[[str], None] = print, *, timeout_s: float = float("inf"), poll_s: float = 2.0) -> Judge:
-    """People at the labelling page, who have the same store open; waits until each item has a comparison."""
+    """People at the labelling page, who have the same store open; waits until each item is compared, or was skipped.
+
+    One that somebody skips is not waited for: whoever judges alone would wait for ever. Who compares it later still counts.
+    """
 
     def judge(store: FeedbackStore, items: Sequence[Item], gold: np.ndarray | None, number: int) -> None:
-        wanted, end, told = {item.id for item in items}, time.monotonic() + timeout_s, -1
+        wanted, end, told = {item.id for item in items}, time.monotonic() + timeout_s, (-1, -1)
         say(f"round {number}: {len(wanted)} pairs to compare; open the page with: rlhf-gym label --db {store.path}")
         while True:
-            done = {e.judgement.item for e in store.standing() if isinstance(e.judgement.verdict, Comparison)} & wanted
-            if len(done) != told:
-                told = len(done)
-                say(f"round {number}: {told} of {len(wanted)} pairs are compared")
-            if done == wanted:
+            said = [event.judgement for event in store.standing() if event.judgement.item in wanted]
+            done = {judgement.item for judgement in said if isinstance(judgement.verdict, Comparison)}
+            skipped = {judgement.item for judgement in said if isinstance(judgement.verdict, Skip)} - done
+            if (len(done), len(skipped)) != told:
+                told = len(done), len(skipped)
+                more = f", {len(skipped)} skipped" if skipped else ""
+                say(f"round {number}: {len(done)} of {len(wanted)} pairs are compared{more}")
+            if done | skipped == wanted:
                 return
             if time.monotonic() > end:
                 raise TimeoutError(
-                    f"{told} of {len(wanted)} pairs were compared within {timeout_s:g} s; the judgements are kept, and the "
+                    f"{len(done)} of {len(wanted)} pairs were compared within {timeout_s:g} s; the judgements are kept, and the "
                     "same command goes on"
                 )
             time.sleep(poll_s)

@@ -78,8 +78,10 @@ def over_optimisation(rounds: Mapping[str, Sequence[Mapping[str, float]]], ends:
     if has_gold:
         axes = figure.add_subplot(1, len(panels) + 1, len(panels) + 1)
         means = [end["gold"]["mean"] for end in ends]
-        low, high = ([end["gold"][side] for end in ends] for side in ("low", "high"))
-        below, above = ([abs(a - b) for a, b in zip(means, side, strict=True)] for side in (low, high))
+        low, high = ([end["gold"][side] for end in ends] for side in ("low", "high"))  # None for a single prompt
+        below, above = (
+            [0 if b is None else abs(a - b) for a, b in zip(means, side, strict=True)] for side in (low, high)
+        )
         axes.errorbar(range(len(ends)), means, yerr=(below, above), capsize=4, **STYLES[0])
         axes.set(xlabel="round (0: base model)", ylabel="gold score on held-out prompts", xticks=range(len(ends)))
         axes.grid(alpha=0.3)

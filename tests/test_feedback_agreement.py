@@ -96,6 +96,10 @@ def test_kappa_of_the_published_example():
     assert found.low == pytest.approx(0.2030, abs=0.03) and found.high == pytest.approx(0.4868, abs=0.03)
 
 
+def test_kappa_of_two_who_never_say_the_same():
+    assert cohen_kappa(["a", "a"], ["b", "b"]).mean == 0  # p_o = p_e = 0
+
+
 def test_kappa_leaves_out_what_one_did_not_judge():
     assert cohen_kappa(["a", None, "b", "a"], ["a", "a", "b", math.nan]).mean == 1
     assert math.isnan(cohen_kappa(["a", "a"], ["a", "a"]).mean)

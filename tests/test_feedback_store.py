@@ -203,7 +203,7 @@ def test_a_reader_that_holds_the_log_is_reported(path, store):
     reader = sqlite3.connect(path, isolation_level=None)
     reader.execute("BEGIN")
     reader.execute("SELECT * FROM judgements").fetchall()
-    with pytest.raises(RuntimeError, match="close that program and call forget again"):
+    with pytest.raises(TimeoutError, match="close that program and call forget again"):
         store.forget("ann")
     reader.close()
     assert store.forget("ann") == 0 and store.events() == []

@@ -102,7 +102,9 @@ def print_rounds(found: list[dict[str, Any]]) -> None:
         cells = []
         for name in names:
             estimate = each.get(name)
-            half = None if estimate is None else (estimate["high"] - estimate["low"]) / 2
-            cells.append("" if estimate is None else f"{estimate['mean']:.3f} ± {half:.3f}")
+            # Of a single prompt there is no interval.
+            known = estimate is not None and estimate["high"] is not None
+            half = f" ± {(estimate['high'] - estimate['low']) / 2:.3f}" if known else ""
+            cells.append("" if estimate is None else f"{estimate['mean']:.3f}{half}")
         table.add_row("base model" if number == 0 else f"round {number}", *cells)
     Console(highlight=False).print(table)

@@ -173,6 +173,8 @@ def _alpha(coincidences: np.ndarray, level: Level, scale: np.ndarray | None) -> 
 
 
 def _kappa(table: np.ndarray) -> float:
-    table = table / max(table.sum(), 1)
+    if not table.any():
+        return math.nan
+    table = table / table.sum()
     by_chance = float(table.sum(1) @ table.sum(0))
-    return (float(np.trace(table)) - by_chance) / (1 - by_chance) if 0 < by_chance < 1 - 1e-12 else math.nan
+    return (float(np.trace(table)) - by_chance) / (1 - by_chance) if by_chance < 1 - 1e-12 else math.nan

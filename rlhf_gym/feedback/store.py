@@ -228,7 +228,7 @@ class FeedbackStore:
             The number of judgements removed.
 
         Raises:
-            RuntimeError: If another program keeps the log from being cleared; the judgements are gone from the tables then.
+            TimeoutError: If another program keeps the log from being cleared; the judgements are gone from the tables then.
         """
         with self._lock:
             with self._writing():
@@ -236,7 +236,7 @@ class FeedbackStore:
                 removed = self._db.execute("DELETE FROM judgements WHERE annotator = ?", (annotator,)).rowcount
                 self._db.execute(KEEP_JUDGEMENTS)
             if self._db.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchone()[0]:
-                raise RuntimeError(
+                raise TimeoutError(
                     f"the judgements of {annotator!r} are removed, but another program holds on to the log of {self.path}, "
                     "where they can still be read; close that program and call forget again"
                 )

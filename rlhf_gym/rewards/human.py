@@ -136,14 +136,20 @@ def _questions(unknown: Sequence[Text], texts: Iterable[Text], ask: str) -> list
 
 def _wait(store: FeedbackStore, items: Sequence[Item], timeout_s: float, progress: bool) -> dict[Text, float]:
     """Ask, and wait for an answer to each item; returns what is known then."""
-    from rlhf_gym.feedback import Skip
+    from rlhf_gym.feedback import Comparison, Skip
 
     for item in items:
         store.add_item(item)
     wanted, end, last = {item.id for item in items}, time.monotonic() + timeout_s, -1
     while True:
-        # One who skips has not answered: somebody else may.
-        answers = {event.judgement.item for event in store.standing() if not isinstance(event.judgement.verdict, Skip)}
+        # One who skips has not answered: somebody else may. What else is said of two responses is not about both.
+        said = [event.judgement for event in store.standing()]
+        answers = {
+            judgement.item
+            for judgement in said
+            if isinstance(judgement.verdict, Comparison)
+            or (len(judgement.shown) != 2 and not isinstance(judgement.verdict, Skip))
+        }
         done, left = len(wanted & answers), end - time.monotonic()
         if progress and done != last:
             how = f" (rlhf-gym label --db {store.path})" if last < 0 else ""
