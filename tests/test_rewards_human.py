@@ -118,6 +118,17 @@ def test_time_runs_out_and_what_was_said_is_kept(store, capsys):
     assert capsys.readouterr().err == "" and len(store.items()) == 2  # asked again, but not twice
 
 
+def test_a_flag_on_one_of_two_is_no_answer_about_the_other(store, capsys):
+    item = store.add_item(Item("p", ("a", "b")))
+    record(store, item, Flag(0, "rude"), shown=(0, 1))
+    record(store, item, Skip(), shown=(0, 1))
+    reward = human(store, ask="compare", timeout_s=0.05, unknown="skip")
+    assert reward(["p", "p"], ["a", "b"]) == [-1.0, None]
+    assert "0 of 1 answers" in capsys.readouterr().err  # it has waited
+    record(store, item, Comparison(1), "bob")
+    assert reward(["p", "p"], ["a", "b"]) == [-1.0, 1.0]
+
+
 class Crowd:
     """Simulated people in a thread of their own, with their own connection to the file: they answer what they find."""
 

@@ -136,27 +136,26 @@ def _questions(unknown: Sequence[Text], texts: Iterable[Text], ask: str) -> list
 
 def _wait(store: FeedbackStore, items: Sequence[Item], timeout_s: float, progress: bool) -> dict[Text, float]:
     """Ask, and wait for an answer to each item; returns what is known then."""
-    from rlhf_gym.feedback import Comparison, Skip
+    from rlhf_gym.feedback import Comparison, Correction, Flag, Score
 
     for item in items:
         store.add_item(item)
-    wanted, end, last = {item.id for item in items}, time.monotonic() + timeout_s, -1
+    end, last = time.monotonic() + timeout_s, -1
     while True:
-        # One who skips has not answered: somebody else may. What else is said of two responses is not about both.
-        said = [event.judgement for event in store.standing()]
-        answers = {
-            judgement.item
-            for judgement in said
-            if isinstance(judgement.verdict, Comparison)
-            or (len(judgement.shown) != 2 and not isinstance(judgement.verdict, Skip))
-        }
-        done, left = len(wanted & answers), end - time.monotonic()
+        # One who skips has not answered: somebody else may. And who flags one of two has said nothing of the other.
+        judged: dict[str, set[int]] = {item.id: set() for item in items}
+        for judgement in (event.judgement for event in store.standing() if event.judgement.item in judged):
+            if isinstance(judgement.verdict, Comparison):
+                judged[judgement.item].update(judgement.shown)
+            elif isinstance(judgement.verdict, (Score, Correction, Flag)):
+                judged[judgement.item].add(judgement.verdict.response)
+        done, left = sum(len(judged[item.id]) == len(item.responses) for item in items), end - time.monotonic()
         if progress and done != last:
             how = f" (rlhf-gym label --db {store.path})" if last < 0 else ""
             print(
-                f"waiting for people: {done} of {len(wanted)} answers in {store.path}{how}", file=sys.stderr, flush=True
+                f"waiting for people: {done} of {len(items)} answers in {store.path}{how}", file=sys.stderr, flush=True
             )
         last = done
-        if done == len(wanted) or left <= 0:
+        if done == len(items) or left <= 0:
             return said_of(store)
         time.sleep(min(POLL_S, left))
