@@ -11,7 +11,9 @@ import pytest
 
 from rlhf_gym.agents.loop import CURVE, EVALUATION, STORE, Loop, LoopConfig, people, simulated
 from rlhf_gym.cli import main
-from rlhf_gym.feedback import Comparison, FeedbackStore, Item, Judgement, SimulatedAnnotator
+from rlhf_gym.cli.loop import print_rounds
+from rlhf_gym.feedback import Comparison, FeedbackStore, Item, Judgement, SimulatedAnnotator, Skip
+from rlhf_gym.plots import over_optimisation
 
 SMALL = LoopConfig(
     num_rounds=2, num_pairs=16, num_members=2, tokens_per_round=200, num_envs=8, num_eval_episodes=8, kl_coef=0.05
@@ -37,6 +39,7 @@ def test_everything_is_kept(whole):
         judged = [json.loads(line) for line in (place / "judged.jsonl").read_text().splitlines()]
         assert 0 < len(judged) <= 16 and all(len(set(row["responses"])) == 2 for row in judged)
         assert {row["checkpoint"] for row in judged} == {"base" if number == 1 else "round_1"}
+        assert {row["sampling"]["seed"] for row in judged} == {1000 + number}
         assert (place / "policy" / "model.safetensors").is_file() and (
             place / "reward_model" / "ensemble.json"
         ).is_file()
@@ -89,6 +92,26 @@ def test_people_are_waited_for(tmp_path):
         )
         with pytest.raises(TimeoutError, match="0 of 1 pairs were compared within 0 s; the judgements are kept"):
             people(silent, timeout_s=0, poll_s=0.01)(store, [Item("x", ("y", "z"))], None, 1)
+
+
+def test_who_judges_alone_may_skip(tmp_path):
+    items = [Item("a", ("b", "c")), Item("d", ("e", "f"))]
+    with FeedbackStore(tmp_path / "f.sqlite") as store:
+        store.add_items(items)
+        store.record(Judgement("k0", "ann", items[0].id, Comparison(1), shown=(0, 1)))
+        store.record(Judgement("k1", "ann", items[1].id, Skip(), shown=(0, 1)))
+        said = []
+        people(said.append, timeout_s=5, poll_s=0.01)(store, items, None, 1)
+        assert said[-1] == "round 1: 1 of 2 pairs are compared, 1 skipped"
+
+
+def test_a_single_held_out_prompt_has_no_interval(capsys):
+    found = [{"gold": {"mean": 0.25, "low": None, "high": None}}, {"gold": {"mean": 0.5, "low": 0.25, "high": 0.75}}]
+    print_rounds(found)
+    printed = capsys.readouterr().out
+    assert "0.250 " in printed and "0.500 ± 0.250" in printed
+    points = [{"kl": 0.0, "proxy": 0.0, "gold": 0.25}, {"kl": 1.0, "proxy": 1.0, "gold": 0.5}]
+    assert len(over_optimisation({"round 1": points}, found).axes) == 3
 
 
 def test_simulated_annotators_need_gold():
