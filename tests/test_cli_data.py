@@ -158,7 +158,13 @@ def test_clean_with_problems(capsys):
     assert data("clean", "bad.jsonl", "--out", "clean.jsonl", "--drop-problems", "--dropped", "dropped.jsonl") == 0
     assert Path("clean.jsonl").read_text() == "".join(line + "\n" for line in GOOD[:2])
     assert table(capsys.readouterr().out)["dropped: with problems"] == "2"
-    assert [row.value["line"] for row in read_jsonl("dropped.jsonl")[0]] == [3, 4]
+    dropped = [row.value for row in read_jsonl("dropped.jsonl")[0]]
+    assert [(row["line"], row["text"]) for row in dropped] == [(3, BROKEN[0]), (4, BROKEN[1])]
+    # With the input replaced, what was dropped is nowhere else, what was no text included.
+    Path("mine.jsonl").write_bytes(f"{GOOD[0]}\r\n".encode() + b"caf\xe9\r\n")
+    arguments = ("--out", "mine.jsonl", "--dropped", "dropped.jsonl", "--drop-problems", "--overwrite")
+    assert data("clean", "mine.jsonl", *arguments) == 0
+    assert [row.value["text"] for row in read_jsonl("dropped.jsonl")[0]] == ["caf\\xe9"]
     Path("worse.jsonl").write_text("\n".join(BROKEN))
     assert data("clean", "worse.jsonl", "--out", "x.jsonl", "--drop-problems") == 2
     assert "no row is left" in one_line(capsys) and not Path("x.jsonl").exists()

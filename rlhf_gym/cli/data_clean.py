@@ -29,9 +29,9 @@ def run(options: DataClean) -> int:
     kept = [row.text for i, row in enumerate(data.rows) if i not in gone]
     if not kept:
         raise ValueError(f"{options.file}: no row is left, so nothing was written")
-    write_text(out, "".join(line + "\n" for line in kept))
-    if dropped is not None:
+    if dropped is not None:  # first: --out may replace the input, from which it takes the lines with problems
         write_jsonl(dropped, [*_problem_rows(data), *(_duplicate_row(data, duplicate) for duplicate in duplicates)])
+    write_text(out, "".join(line + "\n" for line in kept))
     _report(options, data, duplicates, len(kept))
     return 0
 
@@ -89,7 +89,18 @@ def _print_some_problems(data: Dataset, limit: int) -> None:
 
 
 def _problem_rows(data: Dataset) -> list[dict[str, Any]]:
-    return [{"line": p.line, "reason": "problem", "message": p.message} for p in data.problems.listed()]
+    """What is wrong with each line, and the line: with --overwrite it is nowhere else."""
+    messages: dict[int, list[str]] = {}
+    for problem in data.problems.listed():
+        messages.setdefault(problem.line, []).append(problem.message)
+    found = []
+    with Path(data.problems.file).open("rb") as file:
+        for number, line in enumerate(file, start=1):
+            if number in messages:
+                text = line.rstrip(b"\r\n").decode("utf-8", "backslashreplace")
+                message = "; ".join(messages[number])
+                found.append({"line": number, "reason": "problem", "message": message, "text": text})
+    return found
 
 
 def _duplicate_row(data: Dataset, duplicate: Duplicate) -> dict[str, Any]:
