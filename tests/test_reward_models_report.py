@@ -125,6 +125,13 @@ def test_join():
 # ---- metrics
 
 
+def test_the_score_of_classes_is_the_probability_of_the_one_that_is_paid():
+    examples = as_examples([Labelled("p", "a", name) for name in ("bad", "cat", "good")])
+    outputs = np.log([[[0.2, 0.3, 0.5]] * 3])
+    found = [predict(examples, outputs, [np.zeros(0)], [(0.0, 1.0)], paid=paid).scores[0] for paid in (0, 1, -1)]
+    np.testing.assert_allclose(found, [0.2, 0.3, 0.5])
+
+
 def test_pairs_of_a_ranking():
     pairs = pairs_of(as_examples([Ranking("p", ("a", "b", "c"), (2, 1, 1))]).items)
     assert list(zip(pairs.better, pairs.worse, pairs.tied, strict=True)) == [(1, 0, False), (2, 0, False), (1, 2, True)]

@@ -156,10 +156,13 @@ def make_report(model: RewardModel, held_out: Examples, training: Examples | Non
     if training is not None:
         objective = make_objective(training, RewardModelConfig(margins=False, center_coef=0.0))
         rating = (objective.mean, objective.std) if isinstance(objective, RegressionObjective) else (0.0, 1.0)
+        # The class whose probability is the reward: the baselines' scores are of the same one.
+        label = getattr(model.members[0].model.config, RECORDED).get("label")
+        paid = -1 if label is None else held_out.classes.index(label)
         for name, order in ORDERS.items():
             baseline = fit_baseline(training, objective, order)
             steps = _ordered(baseline.fit.extra)
-            predictions[name] = predict(held_out, baseline(held_out)[None], [steps], [rating])
+            predictions[name] = predict(held_out, baseline(held_out)[None], [steps], [rating], paid=paid)
         lengths = np.array([float(len(response)) for response in responses])
         if held_out.kind == "preference":
             predictions[LONGER] = Predictions(lengths)
@@ -186,6 +189,7 @@ def predict(
     thresholds: Sequence[np.ndarray],
     to_rating: Sequence[tuple[float, float]],
     scores: np.ndarray | None = None,
+    paid: int = -1,
 ) -> Predictions:
     """From the outputs of K members to what they say together: the mean of their probabilities.
 
@@ -194,11 +198,15 @@ def predict(
         outputs: Shape (K, T, C).
         thresholds: Of ordinal levels, for each member.
         to_rating: Of ratings, for each member: rating = first + second * output.
-        scores: The reward, shape (T,); the first output (of classes the last probability) of the mean when left out.
+        scores: The reward, shape (T,); when left out the mean of the first outputs, of classes the probability of ``paid``.
+        paid: The class whose probability is the reward.
     """
     from scipy.special import expit, softmax
 
     first = outputs[:, :, 0]
+    if examples.kind == "multi-class":
+        probabilities = softmax(outputs, axis=2).mean(0)
+        return Predictions(probabilities[:, paid] if scores is None else scores, probabilities)
     scores = first.mean(0) if scores is None else scores
     if examples.kind == "preference":
         pairs = pairs_of(examples.items)
@@ -209,12 +217,10 @@ def predict(
     if examples.kind == "binary":
         positive = expit(first).mean(0)
         return Predictions(scores, np.stack([1 - positive, positive], 1))
-    if examples.kind == "ordinal":
-        above = np.mean([expit(each[:, None] - steps) for each, steps in zip(first, thresholds, strict=True)], axis=0)
-        ends = np.concatenate([np.ones((len(above), 1)), above, np.zeros((len(above), 1))], 1)
-        levels = ends[:, :-1] - ends[:, 1:]
-        return Predictions(scores, levels, values=levels @ np.arange(levels.shape[1]))
-    return Predictions(scores, softmax(outputs, axis=2).mean(0))
+    above = np.mean([expit(each[:, None] - steps) for each, steps in zip(first, thresholds, strict=True)], axis=0)
+    ends = np.concatenate([np.ones((len(above), 1)), above, np.zeros((len(above), 1))], 1)
+    levels = ends[:, :-1] - ends[:, 1:]
+    return Predictions(scores, levels, values=levels @ np.arange(levels.shape[1]))
 
 
 def _raw_outputs(model: RewardModel, examples: Examples) -> tuple[np.ndarray, list[np.ndarray], list[Any]]:
