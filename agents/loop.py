@@ -275,7 +275,7 @@ def simulated(annotators: Sequence[SimulatedAnnotator], seed: int = 0) -> Judge:
 def people(say: Callable[[str], None] = print, *, timeout_s: float = float("inf"), poll_s: float = 2.0) -> Judge:
     """People at the labelling page, who have the same store open; waits until each item is compared, or was skipped.
 
-    One that somebody skips is not waited for: whoever judges alone would wait for ever. Who compares it later still counts.
+    One that somebody skips is not waited for, or whoever judges alone would wait for ever; compared later, it counts.
     """
 
     def judge(store: FeedbackStore, items: Sequence[Item], gold: np.ndarray | None, number: int) -> None:

@@ -198,7 +198,7 @@ def predict(
         outputs: Shape (K, T, C).
         thresholds: Of ordinal levels, for each member.
         to_rating: Of ratings, for each member: rating = first + second * output.
-        scores: The reward, shape (T,); when left out the mean of the first outputs, of classes the probability of ``paid``.
+        scores: The reward, shape (T,); when left out the mean of the first outputs, of classes P(``paid``).
         paid: The class whose probability is the reward.
     """
     from scipy.special import expit, softmax
