@@ -265,3 +265,47 @@ def test_without_javascript(serve, visit):
     assert page.locator("dd").first.inner_text() == "4"
     page.get_by_role("button", name="Sign out").click()
     assert page.locator("h1").inner_text() == "Who judges?"
+
+
+@pytest.mark.parametrize("colours", ["light", "dark"])
+def test_axe_finds_nothing(serve, chromium, colours):
+    """WCAG 2.2 AA, and axe's best practices, as far as a program can see them; on every page and in every state."""
+    axe = pytest.importorskip("axe_playwright_python.sync_playwright").Axe()
+    items = [PAIRS[0], Item("سؤال؟", ("שלום", "世界\u202e <b>")), Item("One?", ("alone",), id="one")]
+    _, address = serve(*items, criteria=("helpful", "honest"), guidelines="Be kind.")
+    looked_at = []
+
+    def look(name):
+        page.evaluate("for (const each of document.querySelectorAll('details')) each.open = true")
+        found = axe.run(page).response
+        assert found["passes"], "or it has not looked"
+        assert [(v["id"], [node["html"] for node in v["nodes"]]) for v in found["violations"]] == [], name
+        looked_at.append(name)
+
+    def send(button):
+        button.evaluate("button => button.form.noValidate = true")
+        with page.expect_navigation():
+            button.click()
+
+    with contextlib.closing(chromium.new_context(color_scheme=colours)) as context:
+        page = context.new_page()
+        page.set_default_timeout(10_000)
+        page.goto(address)
+        look("sign in")
+        for name in (" ", "ann"):
+            page.get_by_label("Your name").fill(name)
+            send(page.get_by_role("button", name="Begin"))
+            look("not signed in" if name == " " else "signed in")
+        for _ in items:
+            look("question")
+            send(page.locator("[data-key='1']"))
+            assert "Not saved yet" in page.title()
+            look("not saved yet")
+            for rating in page.locator(".scale input[value='4']").all():
+                rating.check()
+            send(page.locator("[data-key='1']"))
+        assert page.title().startswith("Nothing is left")
+        for path in ("/", "/panel", "/nowhere"):
+            page.goto(address + path)
+            look(path)
+    assert len(looked_at) == 12
