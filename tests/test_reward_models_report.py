@@ -77,6 +77,20 @@ def test_refused_files(tmp_path, row, message):
         load_judgements(lines(tmp_path / "x.jsonl", row))
 
 
+def test_ratings_by_one_criterion_of_several(tmp_path):
+    rows = [
+        {"prompt": "p", "completion": text, "rating": rating, "criterion": name, "gold": gold}
+        for text, name, rating, gold in (("a", "kind", 1, 9), ("a", "true", 2, 8), ("b", "kind", 3, 7))
+    ]
+    file = lines(tmp_path / "x.jsonl", *rows)
+    found = load_judgements(file, criterion="kind")
+    assert [record.rating for record in found.records] == [1, 3] and found.gold == [(9.0,), (7.0,)]
+    with pytest.raises(DataError, match="no rating by 'short'; it has kind, true"):
+        load_judgements(file, criterion="short")
+    with pytest.raises(DataError, match="no rating by 'kind'; it has no criterion"):
+        load_judgements(lines(tmp_path / "y.jsonl", {"prompt": "p", "chosen": "a", "rejected": "b"}), criterion="kind")
+
+
 def test_kinds_are_told_by_the_records():
     rating = [Rating("p", "a", 1.0), Rating("q", "b", 3.0)]
     assert as_examples(rating).kind == "regression"

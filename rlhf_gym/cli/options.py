@@ -182,6 +182,8 @@ class TrainRM(RewardModelConfig):
     """How an ensemble pays: the mean of its members, the least, or the mean less --std-coef standard deviations."""
     std_coef: float = 1.0
     """Price of disagreement."""
+    criterion: str | None = None
+    """Learn from the ratings by this criterion, where the file has several."""
     eval: str | None = None
     """Held-out judgements for the report, a file in the same format."""
     held_out: float = 0.1

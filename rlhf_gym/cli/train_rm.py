@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import hashlib
 import json
 import shutil
@@ -26,8 +27,9 @@ def run(options: TrainRM) -> int:
     out = _target(options)
     model = model_source(options.model)
     tokenizer = load_tokenizer(model)
-    data = load_judgements(options.file, _chat(tokenizer))
-    evaluation = None if options.eval is None else load_judgements(options.eval, _chat(tokenizer))
+    read = functools.partial(load_judgements, tokenizer=_chat(tokenizer), criterion=options.criterion)
+    data = read(options.file)
+    evaluation = None if options.eval is None else read(options.eval)
     told = (data if evaluation is None else evaluation).gold
     names = {field.name for field in dataclasses.fields(RewardModelConfig)}
     settings: dict[str, Any] = {name: value for name, value in as_dict(options).items() if name in names}

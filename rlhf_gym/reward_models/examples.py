@@ -98,7 +98,7 @@ class Judgements(NamedTuple):
 GOLD = {"chosen": (1.0, 0.0), "rejected": (0.0, 1.0), "tie": (0.5, 0.5)}
 
 
-def load_judgements(path: str | Path, tokenizer: Any = None) -> Judgements:
+def load_judgements(path: str | Path, tokenizer: Any = None, criterion: str | None = None) -> Judgements:
     """Read a file: what `rlhf_gym.data.load_records` reads, and rankings (columns prompt, responses, ranks).
 
     A column "gold" says what is truly so: of a pair "chosen", "rejected" or "tie", of a ranking a number for each
@@ -107,10 +107,11 @@ def load_judgements(path: str | Path, tokenizer: Any = None) -> Judgements:
     Args:
         path: A JSONL file.
         tokenizer: Needed for conversations, with a chat template.
+        criterion: Take the ratings by this one and leave the others out.
 
     Raises:
         FileNotFoundError: If there is no such file.
-        DataError: If a row has a problem, or the rows are no judgements.
+        DataError: If a row has a problem, or the rows are no judgements, or none is by the criterion.
     """
     path = Path(path).expanduser()
     rows, problems = read_jsonl(path)
@@ -120,7 +121,15 @@ def load_judgements(path: str | Path, tokenizer: Any = None) -> Judgements:
     else:
         records = load_records(path, Preference, Labelled, Rating, tokenizer=tokenizer)
         implicit = recognise(rows[0].value).name == IMPLICIT_PREFERENCE
-    return Judgements(records, [_gold(path, *pair) for pair in zip(rows, records, strict=True)], implicit)
+    gold = [_gold(path, *pair) for pair in zip(rows, records, strict=True)]
+    if criterion is not None:
+        known = [getattr(record, "criterion", None) for record in records]
+        if criterion not in known:
+            there = ", ".join(sorted(set(filter(None, known)))) or "no criterion"
+            raise DataError(f"{path} has no rating by {criterion!r}; it has {there}")
+        kept = [i for i, own in enumerate(known) if own == criterion]
+        records, gold = [records[i] for i in kept], [gold[i] for i in kept]
+    return Judgements(records, gold, implicit)
 
 
 def _gold(path: Path, row: Any, record: Any) -> tuple[float, ...] | None:
@@ -192,7 +201,9 @@ def as_examples(
     elif all(isinstance(record, Rating) for record in records):
         criteria = sorted({str(record.criterion) for record in records})
         if len(criteria) > 1:
-            raise ValueError(f"records must rate one criterion, got {', '.join(criteria)}; keep the rows of one")
+            raise ValueError(
+                f"records must rate one criterion, got {', '.join(criteria)}; keep the rows of one (--criterion)"
+            )
         _check_kind(kind, "regression", "ordinal")
         kind = "ordinal" if kind == "ordinal" else "regression"
         values = [record.rating for record in records]
