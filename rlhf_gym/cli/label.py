@@ -9,7 +9,6 @@ import threading
 import webbrowser
 from pathlib import Path
 
-from rlhf_gym.cli.feedback_export import existing_store
 from rlhf_gym.cli.feedback_options import Label
 from rlhf_gym.envs.render import visible
 from rlhf_gym.feedback import FeedbackStore
@@ -34,7 +33,7 @@ def run(options: Label) -> int:
         gold_rate=options.gold_rate, seed=options.seed,
     )  # fmt: skip
     source, path = _read(options)
-    with existing_store(str(path)) if source is None else FeedbackStore(path) as store, _listen(options) as listening:
+    with FeedbackStore(path) as store, _listen(options) as listening:
         items, numbers = source or (None, {})
         labelling = Labelling(store, settings, items, numbers)
         secret = read_secret(store.path)
@@ -71,6 +70,11 @@ def _read(options: Label) -> tuple[Source | None, Path]:
         file = Path(options.file).expanduser()
         return read_items(file, options.order_by), db or file.with_name(f"{file.stem}.feedback.sqlite")
     assert db is not None
+    if not db.is_file():
+        raise FileNotFoundError(
+            f"--db: there is no file {options.db!r} yet; give items with --file or --run, or wait until rlhf-gym loop or "
+            "the reward human has made it"
+        )
     return None, db
 
 
