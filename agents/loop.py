@@ -34,6 +34,8 @@ from rlhf_gym.feedback.judgements import Comparison, Skip
 from rlhf_gym.reward_models import RewardModel, RewardModelConfig, train_reward_model
 from rlhf_gym.reward_models.examples import as_examples
 from rlhf_gym.reward_models.report import make_report
+from rlhf_gym.rewards.ensemble import RULES
+from rlhf_gym.rewards.text import check_choice
 
 from .ppo import PPO
 
@@ -89,6 +91,7 @@ class LoopConfig:
                 raise ValueError(f"{name} must be >= 1, got {getattr(self, name)}")
         if not 0 <= self.held_out < 1:
             raise ValueError(f"held_out must be in [0, 1), got {self.held_out}")
+        check_choice("rule", self.rule, RULES)
 
 
 class Loop:

@@ -135,6 +135,8 @@ def test_simulated_annotators_take_turns_and_repeat_themselves(tmp_path):
 def test_settings_are_checked():
     with pytest.raises(ValueError, match="num_pairs must be >= 1, got 0"):
         LoopConfig(num_pairs=0)
+    with pytest.raises(ValueError, match="rule must be .*'mean', 'min'"):
+        LoopConfig(rule="least")
 
 
 @pytest.mark.parametrize(

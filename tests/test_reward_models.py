@@ -321,6 +321,10 @@ def test_padding_changes_no_output():
         ({"label_smoothing": 0.5}, r"label_smoothing must be in \[0, 0.5\)"),
         ({"from_scratch": True, "train_layers": 1}, "from_scratch trains the whole model"),
         ({"learning_rate": 0.0}, "learning_rate must be a finite number > 0"),
+        ({"train_layers": 0, "early_stopping": True}, "leave early_stopping and dropout out"),
+        ({"positive_label": "good"}, "positive_label is for labels"),
+        ({"records": [Rating("a", "cat", 1.0)], "label_smoothing": 0.1}, "not ratings"),
+        ({"rule": "least"}, "rule must be"),
     ],
 )
 def test_refused(change, message):

@@ -78,3 +78,5 @@ class RewardModelConfig:
             raise ValueError(f"join must be '' or ' ', or left out, got {self.join!r}")
         if self.from_scratch and self.train_layers is not None:
             raise ValueError("from_scratch trains the whole model; leave train_layers out")
+        if self.train_layers == 0 and (self.early_stopping or self.dropout):
+            raise ValueError("train_layers=0 solves the head, without epochs; leave early_stopping and dropout out")

@@ -194,6 +194,8 @@ def as_examples(
     records = list(records)
     if not records:
         raise ValueError("records must hold at least one judgement, got none")
+    if positive_label is not None and not all(isinstance(record, Labelled) for record in records):
+        raise ValueError(f"positive_label is for labels, which these are not; got {positive_label!r}, leave it out")
     if all(isinstance(record, (Preference, Ranking)) for record in records):
         _check_kind(kind, "preference")
         items = [_compared(record) for record in records]

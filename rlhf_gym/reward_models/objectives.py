@@ -154,6 +154,8 @@ def make_objective(examples: Examples, config: RewardModelConfig) -> Objective:
     """What training on these judgements minimises."""
     if examples.kind == "preference":
         return PreferenceObjective(config.label_smoothing, config.margins, config.center_coef)
+    if examples.kind in ("regression", "ordinal") and config.label_smoothing:
+        raise ValueError(f"label_smoothing is for preferences and classes, not ratings; got {config.label_smoothing}")
     targets = torch.tensor([item.target for item in examples.items], dtype=torch.float64)
     if examples.kind == "regression":
         std = float(targets.std(correction=0))

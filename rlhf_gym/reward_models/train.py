@@ -16,7 +16,9 @@ import torch
 
 from rlhf_gym import __version__
 from rlhf_gym.rewards.classify import RECORDED, classifier
+from rlhf_gym.rewards.ensemble import RULES
 from rlhf_gym.rewards.sequences import encode_texts
+from rlhf_gym.rewards.text import check_choice
 
 from .config import RewardModelConfig
 from .examples import Examples, as_examples, choose_join, hold_out
@@ -88,6 +90,7 @@ def train_reward_model(
         raise ValueError(f"num_members must be >= 1, got {num_members}")
     if not 0 <= held_out < 1:
         raise ValueError(f"held_out must be in [0, 1), got {held_out}")
+    check_choice("rule", rule, RULES)
     told: dict[str, Any] = {"kind": config.kind, "positive_label": config.positive_label, "implicit": implicit}
     known = gold if isinstance(gold, (list, tuple)) else None
     examples = as_examples(records, **told, gold=known if eval_records is None else None)
