@@ -210,7 +210,11 @@ class Loop:
             self.say(f"round {number}: sampling {self.config.num_pairs} pairs")
             write_text(path, "".join(json.dumps(row) + "\n" for row in self._sample(number)))
         rows = [json.loads(line) for line in path.read_text().splitlines()]
-        items = [Item(row["prompt"], tuple(row["responses"]), row["checkpoint"], row.get("sampling")) for row in rows]
+        # Ids of their own: a later policy may say the same again, and an item never changes where it is from.
+        items = [
+            Item(row["prompt"], tuple(row["responses"]), row["checkpoint"], row["sampling"], id=f"round-{number}-{i}")
+            for i, row in enumerate(rows)
+        ]
         known = self.config.gold is not None
         return items, np.array([row["gold"] for row in rows]) if known else None
 

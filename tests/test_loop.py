@@ -94,6 +94,21 @@ def test_people_are_waited_for(tmp_path):
             people(silent, timeout_s=0, poll_s=0.01)(store, [Item("x", ("y", "z"))], None, 1)
 
 
+def test_a_later_policy_may_say_what_an_earlier_one_has_said(tmp_path):
+    """The same pair in two rounds, from two checkpoints: two items, each with its judgement."""
+    row = {"prompt": "p", "responses": ["a", "b"], "gold": [1.0, 0.0], "sampling": {"seed": 0}}
+    loop = Loop(tmp_path, SMALL, simulated([ANN]), say=silent)
+    with FeedbackStore(tmp_path / STORE) as store:
+        for number, checkpoint in ((1, "base"), (2, "round_1")):
+            folder = tmp_path / f"round_{number}"
+            folder.mkdir()
+            (folder / "judged.jsonl").write_text(json.dumps(row | {"checkpoint": checkpoint}) + "\n")
+            items, gold = loop._pairs(number, folder)
+            store.add_items(items)
+            simulated([ANN])(store, items, gold, number)
+        assert [item.checkpoint for item in store.items()] == ["base", "round_1"] and len(store.standing()) == 2
+
+
 def test_who_judges_alone_may_skip(tmp_path):
     items = [Item("a", ("b", "c")), Item("d", ("e", "f"))]
     with FeedbackStore(tmp_path / "f.sqlite") as store:
