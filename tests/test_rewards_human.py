@@ -118,6 +118,15 @@ def test_time_runs_out_and_what_was_said_is_kept(store, capsys):
     assert capsys.readouterr().err == "" and len(store.items()) == 2  # asked again, but not twice
 
 
+def test_what_is_asked_may_be_there_already_with_more_said_of_it(store):
+    item = store.add_item(Item("p", ("a", "b"), checkpoint="run: before and after"))
+    record(store, item, Comparison(1))
+    store.add_item(Item("p", ("c", "d"), checkpoint="run: before and after"))
+    reward = human(store, ask="compare", timeout_s=0.02, unknown="skip", progress=False)
+    assert reward(["p"] * 2, ["c", "d"]) == [None, None] and len(store.items()) == 2
+    assert reward(["p"] * 2, ["a", "b"]) == [-1.0, 1.0]
+
+
 def test_a_flag_on_one_of_two_is_no_answer_about_the_other(store, capsys):
     item = store.add_item(Item("p", ("a", "b")))
     record(store, item, Flag(0, "rude"), shown=(0, 1))

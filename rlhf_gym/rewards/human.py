@@ -138,8 +138,8 @@ def _wait(store: FeedbackStore, items: Sequence[Item], timeout_s: float, progres
     """Ask, and wait for an answer to each item; returns what is known then."""
     from rlhf_gym.feedback import Comparison, Correction, Flag, Score
 
-    for item in items:
-        store.add_item(item)
+    there = {item.id for item in store.items()}  # from a file or a run, perhaps with where it is from
+    store.add_items(item for item in items if item.id not in there)
     end, last = time.monotonic() + timeout_s, -1
     while True:
         # One who skips has not answered: somebody else may. And who flags one of two has said nothing of the other.
