@@ -14,7 +14,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-from rlhf_gym.data import Demonstration, Preference, Rating, load_records
+from rlhf_gym.data import Demonstration, Labelled, Preference, Rating, load_records
 from rlhf_gym.feedback import (
     Comparison,
     Correction,
@@ -319,6 +319,7 @@ def test_export(tmp_path, store):
         "preferences.jsonl": 5,
         "demonstrations.jsonl": 1,
         "ratings.jsonl": 1,
+        "labels.jsonl": 5,
         "judgements.csv": 9,
     }
     blue, green, odd, edited = *SKY.responses, " bläu\u202e\U0001f600."
@@ -338,6 +339,14 @@ def test_export(tmp_path, store):
     ]
     assert load_records(folder / "ratings.jsonl", Rating) == [
         Rating("The sky is", green, 4.0, "helpful", "ann", "judgement-3")
+    ]
+    assert load_records(folder / "labels.jsonl", Labelled) == [
+        Labelled("The sky is", text, label, "ann", f"judgement-{number}")
+        for text, label, number in (
+            *((blue, False, "2-0"), (odd, False, "2-1")),  # both bad
+            *((edited, True, "4-0"), (green, False, "4-1")),
+            (odd, False, "5-0"),  # flagged
+        )
     ]
     with (folder / "judgements.csv").open(encoding="utf-8", newline="") as file:
         rows = list(csv.DictReader(file))

@@ -5,7 +5,7 @@ The page where they judge is `rlhf_gym.feedback.page`; see ``docs/human_feedback
 
 from .agreement import cohen_kappa, krippendorff_alpha, reliability_table
 from .annotators import Choice, FittedAnnotator, SimulatedAnnotator, choices, fit_annotators
-from .export import demonstrations, export, preferences, ratings
+from .export import demonstrations, export, labels, preferences, ratings
 from .items import Source, items_of_run, read_items
 from .judgements import Comparison, Correction, Flag, Item, Judgement, Score, Skip, Undo
 from .store import Event, FeedbackStore, KeyReused
@@ -35,6 +35,7 @@ __all__ = [
     "fit_annotators",
     "items_of_run",
     "krippendorff_alpha",
+    "labels",
     "preferences",
     "ratings",
     "read_items",

@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import Any, Literal
 
 from rlhf_gym.atomic import write_text
-from rlhf_gym.data import Demonstration, Preference, Rating, Record, as_row, write_jsonl
+from rlhf_gym.data import Demonstration, Labelled, Preference, Rating, Record, as_row, write_jsonl
 
-from .judgements import Comparison, Correction, Item, Judgement, Score
+from .judgements import Comparison, Correction, Flag, Item, Judgement, Score
 from .store import FeedbackStore
 
 CSV_COLUMNS = (
@@ -81,8 +81,28 @@ def ratings(store: FeedbackStore) -> list[Rating]:
     ]
 
 
+def labels(store: FeedbackStore) -> list[Labelled]:
+    """Responses that somebody called bad (flagged, "both bad", or corrected) and the corrected ones, which are good."""
+    found = []
+    for number, judgement, item in _standing(store):
+        said = judgement.verdict
+        texts: list[tuple[str, bool]] = []
+        if isinstance(said, Correction):
+            texts = [(said.text, True), (item.responses[said.response], False)]
+        elif isinstance(said, Flag):
+            texts = [(item.responses[said.response], False)]
+        elif isinstance(said, Comparison) and said.choice == "both bad":
+            texts = [(item.responses[shown], False) for shown in judgement.shown]
+        found += [
+            Labelled(item.prompt, text, label, judgement.annotator, f"judgement-{number}-{place}")
+            for place, (text, label) in enumerate(texts)
+        ]
+    return found
+
+
 def export(store: FeedbackStore, directory: str | Path) -> dict[str, int]:
-    """Write ``preferences.jsonl``, ``demonstrations.jsonl``, ``ratings.jsonl`` and ``judgements.csv``.
+    """Write ``preferences.jsonl``, ``demonstrations.jsonl``, ``ratings.jsonl``, ``labels.jsonl`` and
+    ``judgements.csv``.
 
     A JSONL file without a row is not written, and one from an earlier export is removed: it may hold judgements that were
     undone or forgotten since.
@@ -100,6 +120,7 @@ def export(store: FeedbackStore, directory: str | Path) -> dict[str, int]:
         "preferences.jsonl": preferences(store),
         "demonstrations.jsonl": demonstrations(store),
         "ratings.jsonl": ratings(store),
+        "labels.jsonl": labels(store),
     }
     for name, records in kinds.items():
         _write(directory / name, records)
