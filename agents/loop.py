@@ -125,6 +125,7 @@ class Loop:
         """Make the rounds that are missing; returns the evaluations of the base model and of each round's policy."""
         base = self.directory / EVALUATION
         if not base.is_file():
+            self.say("measuring the base model")
             write_json(base, self._measure(None, self._envs("length", 1)))
         found = [json.loads(base.read_text())]
         for number in range(1, self.config.num_rounds + 1):

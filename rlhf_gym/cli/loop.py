@@ -56,7 +56,10 @@ def run(options: LoopOptions) -> int:
     crew = [SimulatedAnnotator(f"simulated-{i}", 1 / options.skill, random_rate=noise) for i in (1, 2, 3)]
     judge = people(say) if options.annotators == "people" else simulated(crew, options.seed)
     drawn = options.progress_bar and sys.stderr.isatty()
-    found = Loop(out, config, judge, seed=options.seed, say=say, progress_bar=drawn).run()
+    try:
+        found = Loop(out, config, judge, seed=options.seed, say=say, progress_bar=drawn).run()
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt(f"interrupted; what is done is in {out}, and the same command goes on") from None
     curves = {
         f"round {n}": [json.loads(line) for line in (out / f"round_{n}" / CURVE).read_text().splitlines()]
         for n in range(1, options.rounds + 1)
@@ -97,7 +100,7 @@ def print_rounds(found: list[dict[str, Any]]) -> None:
     from rich.table import Table
 
     names = [name for name in ("gold", "proxy", "kl", "length") if any(name in each for each in found)]
-    table = Table("held-out prompts", *names, title="mean ± half of the 95 % interval")
+    table = Table("", *names, title="held-out prompts, mean ± half of the 95 % interval")
     for number, each in enumerate(found):
         cells = []
         for name in names:
@@ -105,6 +108,7 @@ def print_rounds(found: list[dict[str, Any]]) -> None:
             # Of a single prompt there is no interval.
             known = estimate is not None and estimate["high"] is not None
             half = f" ± {(estimate['high'] - estimate['low']) / 2:.3f}" if known else ""
-            cells.append("" if estimate is None else f"{estimate['mean']:.3f}{half}")
+            # No "-0.000" of a policy that is the reference.
+            cells.append("" if estimate is None else f"{round(estimate['mean'], 3) + 0.0:.3f}{half}")
         table.add_row("base model" if number == 0 else f"round {number}", *cells)
     Console(highlight=False).print(table)

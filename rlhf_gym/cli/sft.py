@@ -44,6 +44,10 @@ def run(options: SFT) -> int:
         before = json.loads(evaluation.read_text(encoding="utf-8"))["before"]
         print(f"going on from {trainer.num_timesteps} tokens", flush=True)
     else:
+        if options.resume:
+            print(
+                f"there is no checkpoint in {run_directory.path} to go on from; starting from the beginning", flush=True
+            )
         before = trainer.evaluate() if trainer.eval_examples else {}
         write_json(evaluation, {"before": before})
         run_directory.write_samples("before", sample(trainer, options.seed))

@@ -43,6 +43,8 @@ def run(options: Train) -> int:
     if parallel.rank() > 0:
         return help_training(agent, make_agent, envs, options)
     run_directory = RunDirectory(options.out, as_dict(options), overwrite=options.overwrite, resume=options.resume)
+    if options.resume and not run_directory.has_checkpoint:
+        print(f"there is no checkpoint in {run_directory.path} to go on from; starting from the beginning", flush=True)
     if parallel.any_of(run_directory.has_checkpoint):
         agent = make_agent.load(run_directory.model, env=envs)
         print(f"going on from {agent.num_timesteps} tokens", flush=True)

@@ -52,8 +52,12 @@ class Problems:
         """Those that were kept, from the top of the file to its end."""
         return sorted(self._kept)
 
-    def raise_if_any(self, num_shown: int = 3) -> None:
+    def raise_if_any(self, num_shown: int = 3, lister: str | None = "rlhf-gym data check") -> None:
         """Refuse the file.
+
+        Args:
+            num_shown: So many problems are told.
+            lister: The command that tells the rest; None where there is none.
 
         Raises:
             DataError: If there is a problem; it shows the first ``num_shown``.
@@ -62,5 +66,5 @@ class Problems:
             return
         shown = "; ".join(map(str, self.listed()[:num_shown]))
         more = self.total - min(num_shown, len(self._kept))
-        rest = f"; and {more} more, which rlhf-gym data check lists" if more else ""
+        rest = f"; and {more} more" + (f", which {lister} lists" if lister else "") if more else ""
         raise DataError(f"{self.file}: {shown}{rest}")

@@ -66,7 +66,7 @@ def read_items(path: str | Path, order_by: str | None = None) -> Source:
         items[item.id] = item
         if order_by is not None:
             numbers[item.id] = float(row.value[order_by])
-    problems.raise_if_any()
+    problems.raise_if_any(num_shown=10, lister=None)
     return Source(list(items.values()), numbers)
 
 
@@ -157,7 +157,7 @@ def _read_samples(file: Path, order_by: str | None) -> dict[str, list[dict[str, 
         if order_by is not None and not _is_number(row.value.get(order_by)):
             problems.add(row.line, column_of_value(row.text, (order_by,)), f'"{order_by}" must be a number')
         found[str(row.value.get("prompt"))].append(row.value)
-    problems.raise_if_any()
+    problems.raise_if_any(num_shown=10, lister=None)
     return found
 
 
