@@ -20,7 +20,8 @@ CACHED = [family for family in FAMILIES if family != "gptneo"]
 
 
 def close(found, expected, tolerance=TOLERANCE):
-    torch.testing.assert_close(found, expected, rtol=0, atol=tolerance)
+    # Relative as well: logits of these models go up to ten, where float32 itself is only good to 1e-6.
+    torch.testing.assert_close(found, expected, rtol=tolerance, atol=tolerance)
 
 
 def prefill(engine, rows):
