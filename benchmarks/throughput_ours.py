@@ -69,10 +69,7 @@ def ppo(case: dict[str, Any]) -> None:
 def rollout(case: dict[str, Any]) -> None:
     """Tokens with their log-probs and values; rows that finish are refilled with the next prompt."""
     model = sides.gpt2(case["shape"]).to(getattr(torch, case["weights"])).eval()
-    eos: list[int] = []
-    if case.get("mean_tokens"):
-        eos = [1]
-        sides.end_by_chance(model, 1 / case["mean_tokens"])
+    eos = sides.eos_token_ids(case)
     prompts = list(sides.prompts(case, case.get("prompts", case["rows"])))
     engine = make_engine(model, case["rows"], case["prompt_tokens"] + case["response_tokens"])
     head = torch.nn.Linear(case["shape"]["width"], 1)
