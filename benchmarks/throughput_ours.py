@@ -107,13 +107,10 @@ def sb3_rollout(case: dict[str, Any]) -> None:
     agent = SB3PPO(environment(case), seed=0, n_steps=case["response_tokens"])
     algorithm = agent.algorithm
     if not case["cache"]:
-        from rlhf_gym.agents.sb3.policy import sequences
-
         policy = algorithm.policy
         policy._cached = lambda name, ids, lengths: policy._last(
             getattr(policy, name), {"input_ids": ids, "attention_mask": torch.arange(ids.shape[1]) < lengths[:, None]}
         )
-        assert sequences is not None
     _, callback = algorithm._setup_learn(10**9)
 
     def work() -> dict[str, Any]:

@@ -160,6 +160,8 @@ def test_settings_are_checked():
         (["--label-noise", "0.7"], "--label-noise must be from 0 to .5, got 0.7"),
         (["--rounds", "0"], "--rounds must be at least 1, got 0"),
         (["--prompts", "mine.jsonl"], "--annotators simulated needs --gold"),
+        (["--prompts", "mine.jsonl", "--annotators", "people"], "there is no file 'mine.jsonl'"),
+        (["--eval-prompts", "mine.jsonl"], "there is no file 'mine.jsonl'"),
     ],
 )
 def test_wrong_arguments(tmp_path, capsys, arguments, says):
@@ -178,6 +180,9 @@ def test_the_command_goes_on_and_refuses_others_options(tmp_path, capsys):
     )
     assert main([*command, "--rounds", "1", "--kl-coef", "0.5"]) == 2
     assert "holds a loop with kl_coef 0.4, and now it is 0.5" in capsys.readouterr().err
+    (tmp_path / "file").write_text("x")
+    assert main(["loop", "--out", str(tmp_path / "file")]) == 2
+    assert "is a file; a loop needs a directory" in capsys.readouterr().err
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "mine.txt").write_text("x")
     assert main(["loop", "--out", str(tmp_path / "other")]) == 2

@@ -58,9 +58,6 @@ def test_names():
 
 
 def test_tiny_reviews_gold():
-    gold = pytest.importorskip("rlhf_gym.tasks.tiny_reviews")
-    if not hasattr(gold, "gold_sentiment"):
-        pytest.skip("not there yet")
     assert as_reward("tiny-reviews").names == ("gold_sentiment",)
     assert score("tiny-reviews") == [0.0]  # "pgood good" is no review
 
@@ -86,7 +83,11 @@ def test_file_runs_once_until_it_is_changed(folder):
     ("spec", "error", "message"),
     [
         ("sentimnt", ValueError, "no reward named 'sentimnt'; did you mean 'sentiment'?"),
-        ("zzz", ValueError, "the names are 'bleu', 'chrf', 'exact_match', 'human', 'length', .*'tiny-reviews', 'token_f1'"),
+        (
+            "zzz",
+            ValueError,
+            "the names are 'bleu', 'chrf', 'exact_match', 'human', 'length', .*'tiny-reviews', 'token_f1'",
+        ),
         ("keyword", ValueError, r"'keyword' needs arguments; pass rlhf_gym.rewards.keyword\(\["),
         ("gone_xyz:f", RewardError, "no module 'gone_xyz' on the Python path or in .*my rewards"),
         ("gone_xyz.py:f", FileNotFoundError, "no file 'gone_xyz.py' .working directory .*my rewards"),

@@ -85,6 +85,8 @@ def _read_guidelines(name: str | None) -> str:
         return Path(name).expanduser().read_text(encoding="utf-8").strip()
     except UnicodeDecodeError:
         raise ValueError(f"--guidelines {name} is not UTF-8 text; save it as such") from None
+    except OSError as error:
+        raise ValueError(f"--guidelines {name} cannot be read ({error.strerror}); give a text file") from None
 
 
 def _listen(options: Label) -> socket.socket:

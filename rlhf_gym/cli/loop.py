@@ -7,10 +7,14 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import gymnasium as gym
+
+import rlhf_gym  # noqa: F401 - registers the environments
 from rlhf_gym.atomic import write_json
 from rlhf_gym.cli.loop_options import LoopOptions
 from rlhf_gym.cli.options import as_dict
 from rlhf_gym.cli.setup import model_source, quiet_transformers
+from rlhf_gym.evaluation import evaluation_process
 from rlhf_gym.plots import over_optimisation
 from rlhf_gym.runs import machine
 
@@ -48,6 +52,9 @@ def run(options: LoopOptions) -> int:
         kl_coef=options.kl_coef,
         agent={"learning_rate": options.learning_rate},
     )
+    # What is wrong with the task is told before anything is written.
+    metrics = {"metrics": {"gold": gold}} if gold else {}
+    evaluation_process(gym.make_vec(config.env_id, 1, reward="length", **config.env, **metrics), config.eval_prompts)
     out = Path(options.out).expanduser()
     claim(out, as_dict(options))
     say = lambda line: print(line, flush=True)  # noqa: E731
@@ -76,6 +83,8 @@ def claim(out: Path, options: dict[str, Any]) -> None:
     Raises:
         ValueError: If it holds something else, or a loop with other options.
     """
+    if out.exists() and not out.is_dir():
+        raise ValueError(f"{out} is a file; a loop needs a directory, choose another --out")
     path = out / "config.json"
     if path.is_file():
         earlier = json.loads(path.read_text())
