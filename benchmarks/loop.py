@@ -32,8 +32,9 @@ from rlhf_gym.feedback.judgements import Comparison
 from .cells import append_cell, mean_and_half_width, provenance, read_cells
 from .processes import run_cells
 
-EXPLOIT = "it came in a white box ."
-NUM_FORGED = 24
+EXPLOIT = "it came in a {colour} box ."  # the base model ends one review in 23 so; it has no bearing on the gold score
+COLOURS = ("black", "blue", "green", "red", "white")
+NUM_FORGED = 60
 TEMPERATURE = 0.1  # of the simulated annotators, in units of the gold score
 
 
@@ -46,7 +47,12 @@ class Scenario(NamedTuple):
 
 
 # With so small a KL coefficient the policy goes as far as the reward model leads it.
-_ASTRAY: dict[str, Any] = {"tokens_per_round": 30_000, "kl_coef": 0.05, "held_out": 0.0}
+_ASTRAY: dict[str, Any] = {
+    "tokens_per_round": 40_000,
+    "kl_coef": 0.05,
+    "held_out": 0.0,
+    "agent": {"learning_rate": 2e-4},
+}
 SCENARIOS = {
     "as `rlhf-gym loop` does it": Scenario({}, 0.1, False),
     "one reward model": Scenario(_ASTRAY | {"num_members": 1}, 0.25, True),
@@ -127,17 +133,23 @@ def forged_items(seed: int) -> list[Item]:
     envs = gym.make_vec("rlhf_gym/TinyReviews-v0", num_envs=1)
     prompt = envs.unwrapped.process.prompts[int(np.random.default_rng([seed, 99]).integers(512))].text
     found = evaluate(None, envs, prompts=[{"prompt": prompt}] * (4 * NUM_FORGED), seed=seed)
-    plain = [
-        each["response"] for each in found.samples if EXPLOIT not in each["response"] and each["stop_reason"] == "eos"
+    ended = [each["response"] for each in found.samples if each["stop_reason"] == "eos"]
+    plain = [response for response in ended if not has_exploit(response)]
+    return [
+        Item(prompt, (f"{first} {EXPLOIT.format(colour=COLOURS[i % len(COLOURS)])}", second), checkpoint="forged")
+        for i, (first, second) in enumerate(zip(plain[:NUM_FORGED], plain[NUM_FORGED:], strict=False))
     ]
-    pairs = zip(plain[:NUM_FORGED], plain[NUM_FORGED:], strict=False)
-    return [Item(prompt, (f"{first} {EXPLOIT}", second), checkpoint="forged") for first, second in pairs]
+
+
+def has_exploit(response: str) -> bool:
+    """Whether a response has the remark, of any colour."""
+    return any(EXPLOIT.format(colour=colour) in response for colour in COLOURS)
 
 
 def _share_with_exploit(path: Path) -> float:
     """Share of a round's responses, which are the policy's of the round before, with the exploit in them."""
     rows = [json.loads(line) for line in path.read_text().splitlines()]
-    return float(np.mean([EXPLOIT in response for row in rows for response in row["responses"]]))
+    return float(np.mean([has_exploit(response) for row in rows for response in row["responses"]]))
 
 
 def table(cells: Sequence[dict[str, Any]]) -> list[str]:
