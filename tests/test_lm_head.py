@@ -33,7 +33,7 @@ def truth(hidden, weight, tokens, gradient, temperature):
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
 def test_values_and_gradients(monkeypatch, kept, pieces, temperature):
     monkeypatch.setattr(head, "LOGITS_PER_PIECE", math.ceil(N / pieces) * V)
-    monkeypatch.setattr(head, "LOGITS_KEPT", N * V if kept else N * V - 1)
+    monkeypatch.setattr(head, "PROBABILITIES_KEPT", N * V if kept else N * V - 1)
     hidden, weight, tokens, gradient = world()
     logprobs, entropies = head.head_logprobs(hidden, weight, tokens, temperature)
     assert logprobs.dtype == torch.float32 and not entropies.requires_grad

@@ -15,6 +15,7 @@ from collections.abc import Sequence
 
 from rlhf_gym.cli.options import VERBS
 from rlhf_gym.cli.parse import UsageError, parse
+from rlhf_gym.memory import keep_freed_memory
 
 # What bad input raises, here and in the libraries that read it. Anything else is a fault of ours and keeps its traceback.
 _INPUT_ERRORS = (ValueError, TypeError, OSError, ImportError)
@@ -41,6 +42,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if hasattr(sys.stdout, "reconfigure"):
         sys.stdout.reconfigure(errors="replace")  # a terminal that cannot show a character of a response shows "?"
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # no warning when a worker forks later
+    keep_freed_memory()
     try:
         code = importlib.import_module(VERBS[verb].module).run(options) or 0
         sys.stdout.flush()

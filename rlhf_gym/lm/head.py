@@ -8,8 +8,8 @@ from torch import Tensor
 from .matmul import linear
 
 LOGITS_PER_PIECE = 2**25  # a piece of the logits that exists at a time: 128 MiB in float32
-# So many may be kept from the forward to the backward pass, in the model's precision; more are computed twice.
-LOGITS_KEPT = 2**26
+# So many may be kept from the forward to the backward pass, as many bytes as a piece; more are computed twice.
+PROBABILITIES_KEPT = 2**25
 
 
 def head_logprobs(hidden: Tensor, weight: Tensor, tokens: Tensor, temperature: float = 1.0) -> tuple[Tensor, Tensor]:
@@ -33,19 +33,17 @@ class _HeadLogprobs(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden: Tensor, weight: Tensor, tokens: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
         num_tokens, vocab_size = len(tokens), len(weight)
-        logprobs, entropies, logsumexp = torch.empty(3, num_tokens, device=hidden.device).unbind(0)
-        keep = any(ctx.needs_input_grad) and num_tokens * vocab_size <= LOGITS_KEPT
+        logprobs, entropies = torch.empty(2, num_tokens, device=hidden.device).unbind(0)
+        keep = any(ctx.needs_input_grad) and num_tokens * vocab_size <= PROBABILITIES_KEPT
         kept = []
         for piece in _pieces(num_tokens, vocab_size):
-            logits = linear(hidden[piece], weight)
+            all_logprobs = _all_logprobs(linear(hidden[piece], weight), temperature)
+            logprobs[piece] = all_logprobs.gather(1, tokens[piece, None])[:, 0]
+            probabilities = all_logprobs.exp()
+            entropies[piece] = -torch.linalg.vecdot(probabilities, all_logprobs)
             if keep:
-                kept.append(logits)
-            scaled = logits.float() / temperature if temperature != 1 else logits.float()
-            total = scaled.logsumexp(-1)
-            logprobs[piece] = scaled.gather(1, tokens[piece, None])[:, 0] - total
-            entropies[piece] = total - torch.linalg.vecdot((scaled - total[:, None]).exp_(), scaled)
-            logsumexp[piece] = total
-        ctx.save_for_backward(hidden, weight, tokens, logsumexp, *kept)
+                kept.append(probabilities)
+        ctx.save_for_backward(hidden, weight, tokens, *kept)
         ctx.temperature = temperature
         ctx.mark_non_differentiable(entropies)
         return logprobs, entropies
@@ -53,15 +51,16 @@ class _HeadLogprobs(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, gradient: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
-        hidden, weight, tokens, logsumexp, *kept = ctx.saved_tensors
+        hidden, weight, tokens, *kept = ctx.saved_tensors
         wants_hidden, wants_weight, *_rest = ctx.needs_input_grad
         to_hidden = torch.empty_like(hidden) if wants_hidden else None
         to_weight = None
         for number, piece in enumerate(_pieces(len(tokens), len(weight))):
-            logits = kept[number] if kept else linear(hidden[piece], weight)
             share = gradient[piece, None] / ctx.temperature
-            scaled = logits.float() / ctx.temperature if ctx.temperature != 1 else logits.float()
-            to_logits = (scaled - logsumexp[piece, None]).exp_().mul_(-share)
+            if kept:
+                to_logits = kept[number] * -share
+            else:
+                to_logits = _all_logprobs(linear(hidden[piece], weight), ctx.temperature).exp_().mul_(-share)
             to_logits.scatter_add_(1, tokens[piece, None], share)
             to_logits = to_logits.to(hidden.dtype)
             if to_hidden is not None:
@@ -70,6 +69,11 @@ class _HeadLogprobs(torch.autograd.Function):
                 part = linear(to_logits.t(), hidden[piece].t())
                 to_weight = part if to_weight is None else to_weight.add_(part)
         return to_hidden, to_weight, None, None
+
+
+def _all_logprobs(logits: Tensor, temperature: float) -> Tensor:
+    """(N, V), float32."""
+    return torch.log_softmax(logits if temperature == 1 else logits.float() / temperature, -1, dtype=torch.float32)
 
 
 def _pieces(num_tokens: int, vocab_size: int) -> list[slice]:

@@ -15,6 +15,7 @@ from .blocks import apply_linear, attention_windows, is_known, trunk_of
 
 # Attention needs rectangles, so what is packed is unpacked for it in each layer. That pays from so much padding on.
 PADDING_WORTH_PACKING = 0.25
+MOST_SCORES_PER_QUERY = 512  # that attention in bf16 on a CPU keeps
 
 
 def supports(model: PreTrainedModel, kwargs: dict) -> bool:
@@ -85,15 +86,15 @@ class _Attention:
         self.masks = [masks[kind] for kind in kinds]
 
     def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
-        dtype, mask = q.dtype, self.masks[layer]
-        if q.device.type == "cpu":
-            # The backward pass of PyTorch's kernel for bf16 on a CPU is several times as slow as that for float32.
-            q, k, v = q.float(), k.float(), v.float()
         q, k, v = (self._unpack(part).transpose(1, 2) for part in (q, k, v))  # (b, heads, L, d)
-        out = F.scaled_dot_product_attention(
-            q, k, v, attn_mask=mask, is_causal=mask is None, scale=scale, enable_gqa=q.shape[1] != k.shape[1]
-        )
-        out = out.to(dtype).transpose(1, 2).flatten(0, 1).flatten(1)
+        mask = self.masks[layer]
+        if q.device.type == "cpu" and q.dtype == torch.bfloat16:
+            out = _bfloat16_attention(q, k, v, mask, scale)
+        else:
+            out = F.scaled_dot_product_attention(
+                q, k, v, attn_mask=mask, is_causal=mask is None, scale=scale, enable_gqa=q.shape[1] != k.shape[1]
+            )
+        out = out.transpose(1, 2).flatten(0, 1).flatten(1)
         return out if self.packing is None else out[self.packing]
 
     def _unpack(self, part: Tensor) -> Tensor:
@@ -101,3 +102,27 @@ class _Attention:
             whole = part.new_zeros(self.num_rows * self.width, *part.shape[1:])
             part = whole.index_copy(0, self.packing, part)
         return part.unflatten(0, (self.num_rows, self.width))
+
+
+def _bfloat16_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float) -> Tensor:
+    """Causal attention in bf16 on a CPU, (b, heads, L, d): PyTorch's fused kernel is several times as slow backward.
+
+    Where the scores take no more room than what surrounds them, two batched matrix products; else the fused kernel in
+    float32.
+    """
+    num_rows, heads, width, d = q.shape
+    if width > MOST_SCORES_PER_QUERY:
+        grouped = heads != k.shape[1]
+        q, k, v = q.float(), k.float(), v.float()
+        out = F.scaled_dot_product_attention(
+            q, k, v, attn_mask=mask, is_causal=mask is None, scale=scale, enable_gqa=grouped
+        )
+        return out.to(torch.bfloat16)
+    if mask is None:
+        mask = torch.ones(width, width, dtype=torch.bool).tril_()
+    bias = torch.zeros(mask.shape, dtype=q.dtype).masked_fill_(~mask, torch.finfo(q.dtype).min)
+    groups = heads // k.shape[1]  # query heads that share a key head are rows of one product
+    q, k, v = (part.reshape(-1, part.shape[2], d) for part in (q, k, v))
+    q = q.view(len(k), groups * width, d)
+    scores = torch.baddbmm(bias.repeat(groups, 1), q, k.transpose(1, 2), alpha=scale)
+    return torch.bmm(scores.softmax(-1), v).view(num_rows, heads, width, d)
