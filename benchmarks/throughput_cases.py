@@ -7,6 +7,8 @@ from typing import Any
 
 SMALL = {"layers": 4, "width": 256, "heads": 4, "vocab_size": 2048, "max_tokens": 128}
 GPT2 = {"layers": 12, "width": 768, "heads": 12, "vocab_size": 50257, "max_tokens": 128}
+TRL_PPO = "1.12.0"  # the last with PPO
+TRL_GROUPS = "1.16.0"
 
 
 @dataclass(frozen=True)
@@ -16,13 +18,13 @@ class Side:
     Attributes:
         name: In the table.
         case: What it does; see `throughput_ours` and `throughput_peers`.
-        peer: Whether it runs in the peers' environment.
+        peer: The TRL of the environment that it runs in; None is this project's own.
         alone: Whether its memory wants the machine for itself.
     """
 
     name: str
     case: dict[str, Any]
-    peer: bool = False
+    peer: str | None = None
     alone: bool = False
 
 
@@ -35,13 +37,54 @@ def _ppo(shape: dict[str, Any], rows: int, prompt_tokens: int, response_tokens: 
     return [
         Side("ours, bfloat16 with float32 masters", sizes | {"case": "ppo", "weights": "bfloat16"}, alone=alone),
         Side("ours, float32", sizes | {"case": "ppo"}, alone=alone),
-        Side("TRL 1.12, float32 (as it ships)", sizes | {"case": "trl-ppo"}, peer=True, alone=alone),
-        Side("TRL 1.12, bf16=True", sizes | {"case": "trl-ppo", "bf16": True}, peer=True, alone=alone),
+        Side("TRL 1.12, float32 (as it ships)", sizes | {"case": "trl-ppo"}, TRL_PPO, alone),
+        Side("TRL 1.12, bf16=True", sizes | {"case": "trl-ppo", "bf16": True}, TRL_PPO, alone),
         Side(
             "TRL 1.12, tuned by hand: bfloat16 weights, tanh GELU (updates round away)",
-            sizes | {"case": "trl-ppo", "weights": "bfloat16", "shape": tanh}, peer=True, alone=alone,
+            sizes | {"case": "trl-ppo", "weights": "bfloat16", "shape": tanh}, TRL_PPO, alone,
         ),
     ]  # fmt: skip
+
+
+def _groups(algorithm: str, group_size: int) -> list[Side]:
+    """One step on 64 responses; the reward is the number of characters, by the same function on both sides."""
+    sizes = _ROWS | {"group_size": group_size, "epochs": 1}
+    theirs = sizes | {"case": f"trl-{algorithm}"}
+    tanh = SMALL | {"activation": "gelu_pytorch_tanh"}
+    return [
+        Side("ours, bfloat16 with float32 masters", sizes | {"case": algorithm, "weights": "bfloat16"}),
+        Side("ours, float32", sizes | {"case": algorithm}),
+        Side(
+            "TRL 1.16 as it ships: bf16=True, gradient checkpointing",
+            theirs | {"bf16": True, "gradient_checkpointing": True}, TRL_GROUPS,
+        ),
+        Side("TRL 1.16, bf16=True", theirs | {"bf16": True}, TRL_GROUPS),
+        Side("TRL 1.16, float32", theirs, TRL_GROUPS),
+        Side(
+            "TRL 1.16, tuned by hand: bfloat16 weights, tanh GELU (updates round away)",
+            theirs | {"weights": "bfloat16", "shape": tanh}, TRL_GROUPS,
+        ),
+    ]  # fmt: skip
+
+
+def _memory(shape: dict[str, Any]) -> list[Side]:
+    """64 rows of 64 tokens, nothing of it in micro-batches but where the name says so."""
+    bfloat16, float32, theirs, *_ = _ppo(shape, 64, 16, 48, alone=True)
+    return [
+        float32,
+        Side("ours, float32, micro-batches of 16", float32.case | {"micro_batch_size": 16}, alone=True),
+        bfloat16,
+        theirs,
+    ]
+
+
+def _growth(sizes: list[tuple[int, int]]) -> list[Side]:
+    """Updates of one shape in several sizes (rows, response tokens), the smallest first; no peer."""
+    shape = SMALL | {"max_tokens": 512}
+    return [
+        Side(f"{rows} rows of 16 + {tokens}", _ppo(shape, rows, 16, tokens)[1].case | {"reward_model": False})
+        for rows, tokens in sizes
+    ]
 
 
 _ROWS = {"shape": SMALL, "rows": 64, "prompt_tokens": 16, "response_tokens": 32}
@@ -51,19 +94,23 @@ _SIX = {"shape": SMALL | {"layers": 6, "width": 128}, "rows": 4, "prompt_tokens"
 CASES: dict[str, list[Side]] = {
     "ppo-small": _ppo(SMALL, 64, 16, 32),
     "ppo-gpt2": _ppo(GPT2, 16, 16, 32, alone=True),
+    "grpo-small": _groups("grpo", 8),
+    "rloo-small": _groups("rloo", 4),
     "rollout": [
         Side("ours: tokens, log-probs, values; float32", _ROWS | {"case": "rollout"}),
         Side("ours, bfloat16", _ROWS | {"case": "rollout", "weights": "bfloat16"}),
-        Side("transformers.generate: tokens; float32", _ROWS | {"case": "generate"}, peer=True),
-        Side("transformers.generate, bfloat16", _ROWS | {"case": "generate", "weights": "bfloat16"}, peer=True),
+        Side("transformers.generate: tokens; float32", _ROWS | {"case": "generate"}, TRL_PPO),
+        Side("transformers.generate, bfloat16", _ROWS | {"case": "generate", "weights": "bfloat16"}, TRL_PPO),
     ],
     "ragged": [
         Side("ours, rows refilled; float32", _RAGGED | {"case": "rollout"}),
-        Side("transformers.generate, padded; float32", _RAGGED | {"case": "generate"}, peer=True),
+        Side("ours, rows refilled; bfloat16", _RAGGED | {"case": "rollout", "weights": "bfloat16"}),
+        Side("transformers.generate, padded; float32", _RAGGED | {"case": "generate"}, TRL_PPO),
+        Side("transformers.generate, padded; bfloat16", _RAGGED | {"case": "generate", "weights": "bfloat16"}, TRL_PPO),
     ],
     "steps": [
         Side("envs.step with the cached reference", _ROWS | {"case": "steps"}),
-        Side("transformers.generate", _ROWS | {"case": "generate"}, peer=True),
+        Side("transformers.generate", _ROWS | {"case": "generate"}, TRL_PPO),
     ],
     "sb3-rollout": [
         Side("SB3 PPO with our policy's cache", _CONTEXT | {"case": "sb3-rollout", "cache": True}),
@@ -73,20 +120,9 @@ CASES: dict[str, list[Side]] = {
         Side("ours", _SIX | {"case": "trpo", "stock": False}),
         Side("sb3-contrib's own update", _SIX | {"case": "trpo", "stock": True}),
     ],
-    "memory": [
-        Side("ours, float32", _ppo(GPT2, 64, 16, 48)[1].case | {"micro_batch_size": 16}, alone=True),
-        Side("TRL 1.12, float32", _ppo(GPT2, 64, 16, 48)[2].case, peer=True, alone=True),
-    ],
+    # Where the vocabulary is most of a model, and where the layers are.
+    "memory-small": _memory(SMALL | {"vocab_size": GPT2["vocab_size"]}),
+    "memory-gpt2": _memory(GPT2),
+    "rows": _growth([(16, 32), (64, 32), (256, 32)]),
+    "tokens": _growth([(32, 16), (32, 64), (32, 256)]),
 }
-# How an update's time grows with the rows and with the length of responses; no peer.
-for _rows in (16, 64, 256):
-    CASES[f"rows-{_rows}"] = [
-        Side(f"{_rows} rows of 16 + 32", _ppo(SMALL, _rows, 16, 32)[1].case | {"reward_model": False})
-    ]
-for _tokens in (16, 64, 256):
-    CASES[f"tokens-{_tokens}"] = [
-        Side(
-            f"32 rows of 16 + {_tokens}",
-            _ppo(SMALL | {"max_tokens": 512}, 32, 16, _tokens)[1].case | {"reward_model": False},
-        )
-    ]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import sys
-import time
 from collections.abc import Callable
 from typing import Any
 
@@ -13,7 +12,9 @@ import numpy as np
 import torch
 
 import rlhf_gym  # noqa: F401 - registers the environments
-from rlhf_gym.agents import PPO, SB3PPO, TRPO
+from rlhf_gym.agents import GRPO, PPO, RLOO, SB3PPO, TRPO
+from rlhf_gym.agents import rollout as rollouts
+from rlhf_gym.envs import episodes
 from rlhf_gym.lm import generate, make_engine
 from rlhf_gym.rewards import classifier
 
@@ -21,10 +22,13 @@ from . import throughput_peers as sides
 
 
 def environment(case: dict[str, Any], **settings: Any) -> Any:
-    """A text environment of the case's shape; its reward is a random classifier of the same size where the case says so."""
+    """A text environment of the case's shape, with a reference of it.
+
+    The reward is a random classifier of the same size where the case says so, otherwise the number of characters.
+    """
     shape, rows = case["shape"], case["rows"]
     tokenizer = sides.tokenizer(shape["vocab_size"])
-    reward: Any = len
+    reward: Any = sides.text_lengths
     if case.get("reward_model"):
         scorer = sides.gpt2(shape, "score").to(getattr(torch, case["weights"])).eval()
         reward = classifier(scorer, tokenizer=tokenizer, reads="prompt+response", output="logit")
@@ -36,34 +40,28 @@ def environment(case: dict[str, Any], **settings: Any) -> Any:
     )  # fmt: skip
 
 
-def ppo(case: dict[str, Any]) -> None:
-    """A rollout and its update by our PPO, with a reference and a reward model of the policy's size."""
+def update(case: dict[str, Any]) -> None:
+    """A rollout and its update by one of our agents."""
     envs = environment(case, kl_coef=0.05)
-    agent = PPO(
+    groups = {"group_size": case["group_size"]} if "group_size" in case else {}
+    agent = AGENTS[case["case"]](
         envs, seed=0, learning_rate=1e-6, num_epochs=case["epochs"], num_minibatches=1, audit_interval=0,
-        micro_batch_size=case.get("micro_batch_size"), dtype=case["weights"],
+        micro_batch_size=case.get("micro_batch_size"), dtype=case["weights"], **groups,
     )  # fmt: skip
     agent.total_timesteps = 10**12
-    rewards, evaluate = {"seconds": 0.0}, envs.unwrapped.process.scorer.score
-
-    def timed_score(*arguments: Any) -> Any:
-        start = time.perf_counter()
-        scored = evaluate(*arguments)
-        rewards["seconds"] += time.perf_counter() - start
-        return scored
-
-    envs.unwrapped.process.scorer.score = timed_score
+    phases = sides.Phases()
+    phases.time(rollouts, "generate", "decode")
+    phases.time(episodes, "response_logprobs", "reference")
+    phases.time(envs.unwrapped.process.scorer, "score", "reward")
+    phases.time(agent, "update", "update")
     envs.reset(seed=0)
 
     def work() -> dict[str, Any]:
-        rewards["seconds"], start = 0.0, time.perf_counter()
         rollout = agent.collector.collect()
-        middle = time.perf_counter()
         agent.update(rollout)
-        phases = {"rollout": middle - start, "of it reward": rewards["seconds"], "update": time.perf_counter() - middle}
-        return {"tokens": rollout.num_tokens, "phases": phases}
+        return {"lengths": rollout.batch.response_mask.sum(1).tolist(), "phases": phases.take()}
 
-    answer(work)
+    sides.answer(work)
 
 
 def rollout(case: dict[str, Any]) -> None:
@@ -83,23 +81,24 @@ def rollout(case: dict[str, Any]) -> None:
                 uniforms=torch.rand(len(prompts), case["response_tokens"], generator=generator),
                 value_fn=lambda hidden: head(hidden.float())[:, 0],
             )  # fmt: skip
-        return {"tokens": int(found.response_mask.sum())}
+        return {"lengths": found.response_mask.sum(1).tolist()}
 
-    answer(work)
+    sides.answer(work)
 
 
 def steps(case: dict[str, Any]) -> None:
     """``envs.step`` with random actions: the reference's log-prob of every action, from its cache."""
-    envs = environment(case)
+    # In this mode every step is a token: ended rows begin anew in the same one.
+    envs = environment(case, autoreset_mode="same_step")
     rng = np.random.default_rng(0)
     envs.reset(seed=0)
 
     def work() -> dict[str, Any]:
         for _ in range(case["response_tokens"]):
             envs.step(rng.integers(2, case["shape"]["vocab_size"], case["rows"]))
-        return {"tokens": case["response_tokens"] * case["rows"]}
+        return {"lengths": [case["response_tokens"]] * case["rows"]}
 
-    answer(work)
+    sides.answer(work)
 
 
 def sb3_rollout(case: dict[str, Any]) -> None:
@@ -115,9 +114,9 @@ def sb3_rollout(case: dict[str, Any]) -> None:
 
     def work() -> dict[str, Any]:
         algorithm.collect_rollouts(algorithm.env, callback, algorithm.rollout_buffer, algorithm.n_steps)
-        return {"tokens": case["rows"] * case["response_tokens"]}
+        return {"lengths": [case["response_tokens"]] * case["rows"]}
 
-    answer(work)
+    sides.answer(work)
 
 
 def trpo(case: dict[str, Any]) -> None:
@@ -134,21 +133,15 @@ def trpo(case: dict[str, Any]) -> None:
 
     def work() -> dict[str, Any]:
         train()
-        return {"tokens": case["rows"] * case["response_tokens"]}
+        return {"lengths": [case["response_tokens"]] * case["rows"]}
 
-    answer(work)
-
-
-def answer(work: Callable[[], dict[str, Any]]) -> None:
-    """Does the work once for each line that comes."""
-    sides.say("ready")
-    while sys.stdin.readline():
-        start = time.perf_counter()
-        found = work()
-        sides.tell(time.perf_counter() - start, **found)
+    sides.answer(work)
 
 
-CASES = {"ppo": ppo, "rollout": rollout, "steps": steps, "sb3-rollout": sb3_rollout, "trpo": trpo}
+AGENTS: dict[str, Any] = {"ppo": PPO, "grpo": GRPO, "rloo": RLOO}
+CASES = dict.fromkeys(AGENTS, update) | {
+    "rollout": rollout, "steps": steps, "sb3-rollout": sb3_rollout, "trpo": trpo,
+}  # fmt: skip
 
 
 def main() -> None:

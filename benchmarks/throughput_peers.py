@@ -3,7 +3,7 @@
     python throughput_peers.py '{"case": "trl-ppo", ...}'
 
 Builds what the case asks for, says "ready" on a line, and then answers each line on its input by doing the work once
-and printing what it took as a line of JSON. So two sides can take turns on one machine.
+and printing what it took as a line of JSON. So two sides can take turns on one machine. Files go where it is started.
 """
 
 from __future__ import annotations
@@ -12,8 +12,8 @@ import json
 import os
 import resource
 import sys
-import tempfile
 import time
+from collections.abc import Callable
 from typing import Any
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -56,29 +56,125 @@ def prompts(case: dict[str, Any], number: int) -> Any:
     return torch.randint(2, case["shape"]["vocab_size"], (number, case["prompt_tokens"]), generator=generator)
 
 
+def text_lengths(completions: list[str], **_: Any) -> list[float]:
+    """The reward of GRPO and RLOO on both sides: the number of characters."""
+    return [float(len(text)) for text in completions]
+
+
+class Phases:
+    """Seconds that parts of the work take, measured around the functions that do them."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+        self._last: tuple[str, float] | None = None
+
+    def time(self, owner: Any, attribute: str, name: str, when: Callable[..., bool] = lambda *_: True) -> None:
+        """From now on calls of ``owner.attribute`` count as ``name``, those whose arguments ``when`` accepts."""
+        function = getattr(owner, attribute)
+
+        def timed(*arguments: Any, **named: Any) -> Any:
+            start = time.perf_counter()
+            found = function(*arguments, **named)
+            if when(*arguments):
+                self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - start
+            return found
+
+        setattr(owner, attribute, timed)
+
+    def time_from(self, owner: Any, attribute: str, name: str, when: Callable[..., bool] = lambda *_: True) -> None:
+        """From the first call of ``owner.attribute`` all time up to `take` counts as ``name``."""
+        function = getattr(owner, attribute)
+
+        def marked(*arguments: Any, **named: Any) -> Any:
+            if self._last is None and when(*arguments):
+                self._last = (name, time.perf_counter())
+            return function(*arguments, **named)
+
+        setattr(owner, attribute, marked)
+
+    def take(self) -> dict[str, float]:
+        """The seconds since the last time that they were taken."""
+        found, self.seconds = self.seconds, {}
+        if self._last is not None:
+            found[self._last[0]] = time.perf_counter() - self._last[1]
+            self._last = None
+        return found
+
+
 def trl_ppo(case: dict[str, Any]) -> None:
-    """TRL's PPOTrainer as it ships: policy, reference, value and reward model; it answers from a callback."""
+    """TRL's PPOTrainer as it ships: policy, reference, value and reward model."""
     import torch
     from datasets import Dataset
-    from transformers import TrainerCallback
-    from trl.experimental.ppo import PPOConfig, PPOTrainer
+    from trl.experimental.ppo import PPOConfig, PPOTrainer, ppo_trainer
 
     shape, rows = case["shape"], case["rows"]
     asked = prompts(case, 4 * rows)
     dtype = getattr(torch, case.get("weights", "float32"))
-    models = [
-        gpt2(shape).to(dtype),
-        gpt2(shape).to(dtype),
-        gpt2(shape, "score").to(dtype),
-        gpt2(shape, "score").to(dtype),
-    ]
+    policy, reference, value, reward = (gpt2(shape, kind).to(dtype) for kind in ("LMHead", "LMHead", "score", "score"))
     settings = PPOConfig(
-        output_dir=tempfile.mkdtemp(), per_device_train_batch_size=rows, gradient_accumulation_steps=1,
         num_mini_batches=1, num_ppo_epochs=case["epochs"], response_length=case["response_tokens"],
-        total_episodes=10_000 * rows, local_rollout_forward_batch_size=rows, report_to=[], num_sample_generations=0,
-        save_strategy="no", logging_strategy="no", disable_tqdm=True, bf16=bool(case.get("bf16")), use_cpu=not torch.cuda.is_available(),
-        learning_rate=1e-6, kl_coef=0.05, stop_token=None,
+        total_episodes=10_000 * rows, local_rollout_forward_batch_size=rows, num_sample_generations=0, kl_coef=0.05,
+        stop_token=None, **_trainer_settings(case),
     )  # fmt: skip
+    phases = Phases()
+    phases.time(ppo_trainer, "batch_generation", "decode")
+    phases.time(ppo_trainer, "forward", "reference", when=lambda model, *_: model is reference)
+    phases.time(ppo_trainer, "get_reward", "reward", when=lambda model, *_: model is reward)
+    phases.time_from(ppo_trainer, "forward", "update", when=lambda model, *_: model is not reference)
+    PPOTrainer(
+        args=settings, processing_class=tokenizer(shape["vocab_size"]), model=policy, ref_model=reference,
+        value_model=value, reward_model=reward,
+        train_dataset=Dataset.from_dict({"input_ids": asked.tolist()}),
+        eval_dataset=Dataset.from_dict({"input_ids": asked[:rows].tolist()}), callbacks=[_turns(case, phases)],
+    ).train()  # fmt: skip
+
+
+def trl_groups(case: dict[str, Any]) -> None:
+    """TRL's GRPOTrainer or RLOOTrainer: one optimiser step on new responses, with a reference, without dropout."""
+    import torch
+    import trl
+    from datasets import Dataset
+    from transformers import GPT2LMHeadModel
+
+    name = case["case"].removeprefix("trl-").upper()
+    dtype = getattr(torch, case.get("weights", "float32"))
+    # The trainer loads the reference from where the model is from.
+    gpt2(case["shape"]).save_pretrained("model")
+    settings = getattr(trl, f"{name}Config")(
+        num_generations=case["group_size"], max_completion_length=case["response_tokens"], beta=0.05, max_steps=10_000,
+        num_iterations=case["epochs"], disable_dropout=True, gradient_checkpointing=bool(case.get("gradient_checkpointing")),
+        **({"loss_type": "grpo"} if name == "GRPO" else {}), **_trainer_settings(case),
+    )  # fmt: skip
+    phases = Phases()
+    texts = [" ".join(f"w{i}" for i in row) for row in prompts(case, 4 * case["rows"]).tolist()]
+    trainer = getattr(trl, f"{name}Trainer")(
+        args=settings, processing_class=tokenizer(case["shape"]["vocab_size"]), reward_funcs=text_lengths,
+        model=GPT2LMHeadModel.from_pretrained("model", dtype=dtype), train_dataset=Dataset.from_dict({"prompt": texts}),
+        callbacks=[_turns(case, phases)],
+    )  # fmt: skip
+    phases.time(trainer, "_generate", "decode")
+    phases.time(
+        trainer, "_get_per_token_logps_and_entropies", "reference", when=lambda model, *_: model is trainer.ref_model
+    )
+    phases.time(trainer, "_calculate_rewards", "reward")
+    phases.time_from(trainer, "compute_loss", "update")
+    trainer.train()
+
+
+def _trainer_settings(case: dict[str, Any]) -> dict[str, Any]:
+    """What TRL's trainers are told alike: the batch as one, and nothing but the training."""
+    import torch
+
+    return {
+        "output_dir": ".", "per_device_train_batch_size": case["rows"], "gradient_accumulation_steps": 1,
+        "learning_rate": 1e-6, "bf16": bool(case.get("bf16")), "use_cpu": not torch.cuda.is_available(),
+        "report_to": [], "save_strategy": "no", "logging_strategy": "no", "disable_tqdm": True,
+    }  # fmt: skip
+
+
+def _turns(case: dict[str, Any], phases: Phases) -> Any:
+    """A callback that lets a trainer take one step for each line that comes."""
+    from transformers import TrainerCallback
 
     class Turns(TrainerCallback):
         started = 0.0
@@ -93,15 +189,11 @@ def trl_ppo(case: dict[str, Any]) -> None:
             self.wait()
 
         def on_step_end(self, *args: Any, **kwargs: Any) -> None:
-            tell(time.perf_counter() - self.started, tokens=rows * case["response_tokens"])
+            lengths = [case["response_tokens"]] * case["rows"]
+            tell(time.perf_counter() - self.started, lengths=lengths, phases=phases.take())
             self.wait()
 
-    PPOTrainer(
-        args=settings, processing_class=tokenizer(shape["vocab_size"]), model=models[0], ref_model=models[1],
-        value_model=models[2], reward_model=models[3],
-        train_dataset=Dataset.from_dict({"input_ids": asked.tolist()}),
-        eval_dataset=Dataset.from_dict({"input_ids": asked[:rows].tolist()}), callbacks=[Turns()],
-    ).train()  # fmt: skip
+    return Turns()
 
 
 def generate(case: dict[str, Any]) -> None:
@@ -118,15 +210,15 @@ def generate(case: dict[str, Any]) -> None:
         more = {"eos_token_id": eos.tolist()}
     config = GenerationConfig(max_new_tokens=limit, do_sample=True, top_k=0, top_p=1.0, pad_token_id=0, **more)
 
-    def work() -> int:
-        useful = 0
+    def work() -> dict[str, Any]:
+        lengths: list[int] = []
         for batch in asked.split(rows):
             with torch.inference_mode():
                 out = model.generate(input_ids=batch, attention_mask=torch.ones_like(batch), generation_config=config)
             new = out[:, batch.shape[1] :]
             ended = torch.isin(new, eos).cumsum(1).cumsum(1) > 1  # what stands after the first end
-            useful += int((~ended).sum())
-        return useful
+            lengths += (~ended).sum(1).tolist()
+        return {"lengths": lengths}
 
     answer(work)
 
@@ -136,17 +228,22 @@ def eos_token_ids(case: dict[str, Any]) -> list[int]:
     return list(range(case["shape"]["vocab_size"] // case["mean_tokens"])) if case.get("mean_tokens") else []
 
 
-def answer(work: Any) -> None:
+def answer(work: Callable[[], dict[str, Any]]) -> None:
     """Does the work once for each line that comes."""
     say("ready")
     while sys.stdin.readline():
         start = time.perf_counter()
-        tokens = work()
-        tell(time.perf_counter() - start, tokens=tokens)
+        found = work()
+        tell(time.perf_counter() - start, **found)
 
 
 def tell(seconds: float, **more: Any) -> None:
-    """One measurement, with the most memory that the process has held so far."""
+    """One measurement, with the most memory that the process has held so far.
+
+    Args:
+        seconds: What the work took.
+        more: ``lengths``, the tokens of each response, and ``phases``, where there are any.
+    """
     say(json.dumps({"seconds": seconds, "memory_mib": peak_memory_mib(), **more}))
 
 
@@ -163,7 +260,7 @@ def say(text: str) -> None:
     os.write(_answers, (text + "\n").encode())
 
 
-CASES = {"trl-ppo": trl_ppo, "generate": generate}
+CASES = {"trl-ppo": trl_ppo, "trl-grpo": trl_groups, "trl-rloo": trl_groups, "generate": generate}
 
 
 def take_answers() -> None:
