@@ -23,6 +23,7 @@ from rlhf_gym import __version__
 from rlhf_gym.atomic import replaced_directory, verified_files
 from rlhf_gym.kl import AdaptiveKL
 from rlhf_gym.lm import load_language_model, make_engine, sample_tokens
+from rlhf_gym.lm.blocks import checkpoint_blocks
 from rlhf_gym.lm.load import no_loading_bars, vocab_size
 from rlhf_gym.lm.lora import base_fingerprint, load_lora, save_lora
 from rlhf_gym.lm.precision import MasterWeights, compute_dtype
@@ -89,6 +90,8 @@ class Agent:
             dtype = next(model.parameters()).dtype  # these are the reference's weights: they stay as they are
             if critic == "separate":
                 raise ValueError('critic must be "shared" or "none" with lora_rank: the adapter\'s base is not copied')
+        if getattr(cfg, "gradient_checkpointing", False):
+            checkpoint_blocks(model)
         self.policy = Policy(model, critic=critic, token_filter=token_filter_of(envs))
         self.optimizer = MasterWeights(self.policy.parameters(), self.make_optimizer, compute_dtype=dtype)
         self.generator = torch.Generator().manual_seed(seed)

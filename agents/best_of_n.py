@@ -199,9 +199,10 @@ class BestOfN(Agent):
             uniforms = torch.rand(shape, generator=self._predict_generator)
         prompts = [torch.tensor(plan.prompt, device=process.device) for plan in plans for _ in range(n)]
         said = torch.tensor([plan.response for plan in plans for _ in range(n)], device=process.device).long()
+        texts = [torch.tensor([*plan.prompt, *plan.response], device=self.policy.device) for plan in plans]
         found = generate(
             self._engine(self.policy.model),
-            [torch.cat(pair).to(self.policy.device) for pair in zip(prompts, said, strict=True)],
+            [text for text in texts for _ in range(n)],
             max_response_tokens=shape[2],
             eos_token_ids=process.eos_token_ids,
             uniforms=uniforms.flatten(0, 1),

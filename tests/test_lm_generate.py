@@ -50,6 +50,32 @@ def test_refilling_rows_changes_nothing(family):
         torch.testing.assert_close(again.logprobs, together.logprobs, rtol=0, atol=1e-5)
 
 
+@pytest.mark.parametrize("family", FAMILIES)
+def test_several_samples_of_a_prompt_compute_it_once(family):
+    """Given as one tensor each prompt is computed once; given as equal tensors each time, with the same responses."""
+    engine = make_engine(model(family), 6, 27)
+    prefill, rows = engine.prefill, []
+    engine.prefill = lambda *arguments: rows.append(len(arguments[0])) or prefill(*arguments)
+    found = []
+    for prompts in (
+        [prompt for prompt in PROMPTS[:3] for _ in range(2)],
+        [prompt.clone() for prompt in PROMPTS[:3] for _ in range(2)],
+    ):
+        uniforms = UNIFORMS[: len(prompts)]
+        found.append(
+            generate(engine, prompts, max_response_tokens=R, eos_token_ids=EOS, uniforms=uniforms, value_fn=values_of)
+        )
+    assert rows == [3, 6]
+    assert torch.equal(found[0].response_ids, found[1].response_ids)
+    assert not torch.equal(found[0].response_ids[0], found[0].response_ids[1])
+    torch.testing.assert_close(found[0].logprobs, found[1].logprobs, rtol=0, atol=1e-5)
+    torch.testing.assert_close(found[0].values, found[1].values, rtol=0, atol=1e-5)
+
+
+def values_of(hidden):
+    return hidden.sum(-1)
+
+
 def test_a_response_does_not_depend_on_the_others():
     together = run("gpt2")
     engine = make_engine(model("gpt2"), 4, 27)

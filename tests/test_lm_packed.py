@@ -6,7 +6,7 @@ import pytest
 import torch
 from lm_models import new_model, true_logits
 
-from rlhf_gym.lm import packed
+from rlhf_gym.lm import blocks, packed
 from rlhf_gym.lm.forward import forward_at
 
 FAMILIES = ["gpt2", "gpt2-scaled", "llama", "mistral-window", "qwen2-mixed", "qwen3"]
@@ -53,6 +53,31 @@ def test_the_gradients_are_the_models_own(family, kind):
     for name, gradient in expected.items():
         scale = gradient.abs().max().clamp(min=1.0)
         torch.testing.assert_close(found[name] / scale, gradient / scale, atol=2e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("family", ["gpt2", "llama"])
+def test_checkpointed_blocks_run_twice_and_have_the_same_gradients(family, monkeypatch):
+    calls, apply_linear = [], blocks.apply_linear
+    monkeypatch.setattr(blocks, "apply_linear", lambda *arguments: calls.append(0) or apply_linear(*arguments))
+    gradients, counts = [], []
+    for checkpointed in (False, True):
+        net, ids, rows, columns = world(family, "packed")
+        if checkpointed:
+            blocks.checkpoint_blocks(net)
+        hidden = packed.packed_hidden(net, ids, rows, columns)
+        before = len(calls)
+        hidden.square().sum().backward()
+        counts.append((before, len(calls) - before))
+        calls.clear()
+        gradients.append([p.grad for p in net.parameters()])
+    (forward, again), twice = counts
+    assert again == 0 and twice == (forward, forward)
+    torch.testing.assert_close(*gradients, atol=1e-6, rtol=1e-5)
+
+
+def test_checkpointing_is_refused_where_it_would_do_nothing():
+    with pytest.raises(ValueError, match="gradient_checkpointing must be False for a model that is no plain GPT-2"):
+        blocks.checkpoint_blocks(new_model("gemma2-mixed-softcap"))
 
 
 def test_nothing_beyond_what_is_asked_for_matters():

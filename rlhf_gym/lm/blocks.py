@@ -9,10 +9,12 @@ at once.
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 from transformers.activations import NewGELUActivation
 
@@ -27,12 +29,16 @@ def gpt2_trunk(model: PreTrainedModel, tokens: Tensor, positions: Tensor, attend
     trunk = model.transformer
     x = trunk.wte(tokens) + trunk.wpe(positions)
     for i, block in enumerate(trunk.h):
-        attention, mlp = block.attn, block.mlp
-        qkv = apply_linear(attention.c_attn, block.ln_1(x))
-        q, k, v = qkv.view(len(x), 3, -1, attention.head_dim).unbind(1)
-        x = x + apply_linear(attention.c_proj, attend(i, q, k, v, attention.scaling))
-        x = x + apply_linear(mlp.c_proj, apply_activation(mlp.act, apply_linear(mlp.c_fc, block.ln_2(x))))
+        x = _run(_gpt2_block, block, x, i, attend)
     return trunk.ln_f(x)
+
+
+def _gpt2_block(block: nn.Module, x: Tensor, i: int, attend: Attend) -> Tensor:
+    attention, mlp = block.attn, block.mlp
+    qkv = apply_linear(attention.c_attn, block.ln_1(x))
+    q, k, v = qkv.view(len(x), 3, -1, attention.head_dim).unbind(1)
+    x = x + apply_linear(attention.c_proj, attend(i, q, k, v, attention.scaling))
+    return x + apply_linear(mlp.c_proj, apply_activation(mlp.act, apply_linear(mlp.c_fc, block.ln_2(x))))
 
 
 def llama_trunk(model: PreTrainedModel, tokens: Tensor, positions: Tensor, attend: Attend) -> Tensor:
@@ -43,17 +49,29 @@ def llama_trunk(model: PreTrainedModel, tokens: Tensor, positions: Tensor, atten
     half = cos.shape[-1] // 2
     sin = torch.cat((-sin[..., :half], sin[..., half:]), -1)  # the sign of rotate_half, once for all layers
     for i, layer in enumerate(trunk.layers):
-        attention, mlp = layer.self_attn, layer.mlp
-        h = apply_rms_norm(layer.input_layernorm, x)
-        projections = (attention.q_proj, attention.k_proj, attention.v_proj)
-        q, k, v = (apply_linear(projection, h).view(len(x), -1, attention.head_dim) for projection in projections)
-        if hasattr(attention, "q_norm"):
-            q, k = apply_rms_norm(attention.q_norm, q), apply_rms_norm(attention.k_norm, k)
-        q, k = (torch.addcmul(part * cos, part.roll(half, -1), sin) for part in (q, k))
-        x = x + apply_linear(attention.o_proj, attend(i, q, k, v, attention.scaling))
-        h = apply_rms_norm(layer.post_attention_layernorm, x)
-        x = x + apply_linear(mlp.down_proj, mlp.act_fn(apply_linear(mlp.gate_proj, h)) * apply_linear(mlp.up_proj, h))
+        x = _run(_llama_block, layer, x, i, attend, cos, sin)
     return apply_rms_norm(trunk.norm, x)
+
+
+def _llama_block(layer: nn.Module, x: Tensor, i: int, attend: Attend, cos: Tensor, sin: Tensor) -> Tensor:
+    attention, mlp = layer.self_attn, layer.mlp
+    h = apply_rms_norm(layer.input_layernorm, x)
+    projections = (attention.q_proj, attention.k_proj, attention.v_proj)
+    q, k, v = (apply_linear(projection, h).view(len(x), -1, attention.head_dim) for projection in projections)
+    if hasattr(attention, "q_norm"):
+        q, k = apply_rms_norm(attention.q_norm, q), apply_rms_norm(attention.k_norm, k)
+    half = cos.shape[-1] // 2
+    q, k = (torch.addcmul(part * cos, part.roll(half, -1), sin) for part in (q, k))
+    x = x + apply_linear(attention.o_proj, attend(i, q, k, v, attention.scaling))
+    h = apply_rms_norm(layer.post_attention_layernorm, x)
+    return x + apply_linear(mlp.down_proj, mlp.act_fn(apply_linear(mlp.gate_proj, h)) * apply_linear(mlp.up_proj, h))
+
+
+def _run(forward: Callable[..., Tensor], block: nn.Module, *arguments: Any) -> Tensor:
+    """A block; where its gradient checkpointing is on, only what went in is kept for the backward pass."""
+    if torch.is_grad_enabled() and block.gradient_checkpointing:
+        return checkpoint(forward, block, *arguments, use_reentrant=False, preserve_rng_state=False)
+    return forward(block, *arguments)
 
 
 _TRUNKS = {
@@ -80,6 +98,21 @@ def is_known(model: PreTrainedModel) -> bool:
 def trunk_of(model: PreTrainedModel) -> Callable[[PreTrainedModel, Tensor, Tensor, Attend], Tensor]:
     """The forward of a model that `is_known` accepts."""
     return _TRUNKS[type(model).__name__]
+
+
+def checkpoint_blocks(model: PreTrainedModel) -> None:
+    """Turns a model's gradient checkpointing on.
+
+    Raises:
+        ValueError: If it is none that `is_known` accepts: transformers' own checkpointing works in training mode only, and
+            policies are never in it.
+    """
+    if not is_known(model):
+        raise ValueError(
+            "gradient_checkpointing must be False for a model that is no plain GPT-2, Llama, Mistral, Qwen2 or Qwen3 (with "
+            f"lora_rank none is); got {type(model).__name__}. A smaller micro_batch_size saves memory as well"
+        )
+    getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)()
 
 
 def attention_windows(config) -> dict[str, int | None]:

@@ -48,7 +48,8 @@ def generate(
 
     Args:
         engine: Where to sample from. All its rows are overwritten.
-        prompts: B prompts. Each of shape (p,), int64, with 1 <= p and p + R - 1 <= ``engine.max_tokens``.
+        prompts: B prompts. Each of shape (p,), int64, with 1 <= p and p + R - 1 <= ``engine.max_tokens``. Where the very
+            same tensor stands several times in a row, for several samples of a prompt, it is computed once.
         max_response_tokens: R, the most tokens of a response.
         eos_token_ids: Tokens that end a response.
         uniforms: Numbers in [0, 1), entry t chooses token t. Shape (B, R). None: the likeliest token each time.
@@ -85,9 +86,8 @@ def generate(
     while True:
         idle = (episode < 0).nonzero()[:, 0][: num_episodes - num_started]
         if len(idle):
-            ids, lengths = pad_sequences(prompts[num_started : num_started + len(idle)], device=device)
             for each, kept in zip(engines, logits, strict=True):
-                kept[idle] = each.prefill(idle, ids, lengths)
+                kept[idle] = _prefill(each, idle, prompts[num_started : num_started + len(idle)])
             episode[idle] = torch.arange(num_started, num_started + len(idle), device=device)
             step[idle] = 0
             num_started += len(idle)
@@ -126,6 +126,20 @@ def generate(
             for i, each in enumerate(engines):
                 logits[i] = each.decode(newest, episode >= 0)
     return Responses(response_ids, response_mask, logprobs, values, ended_by_eos)
+
+
+def _prefill(engine: Engine, rows: Tensor, prompts: Sequence[Tensor]) -> Tensor:
+    """Fills rows with prompts, (k, V) logits; of the same prompt several times in a row, one is computed and copied."""
+    new = [i for i, prompt in enumerate(prompts) if i == 0 or prompt is not prompts[i - 1]]
+    ids, lengths = pad_sequences([prompts[i] for i in new], device=engine.device)
+    logits = engine.prefill(rows[new], ids, lengths)
+    if len(new) == len(prompts):
+        return logits
+    is_new = torch.zeros(len(prompts), dtype=torch.long, device=engine.device)
+    is_new[new] = 1
+    which = is_new.cumsum(0) - 1
+    engine.copy_rows(rows[new][which], rows)
+    return logits[which]
 
 
 def _check(engine, prompts, max_response_tokens, uniforms, token_filter, reference_engine) -> None:

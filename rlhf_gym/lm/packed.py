@@ -24,10 +24,9 @@ def supports(model: PreTrainedModel, kwargs: dict) -> bool:
         return False
     if model.config._attn_implementation != "sdpa":  # the caller wants another: a second derivative, say
         return False
-    # Dropout, wherever it is set, and layers that are to be computed twice are the model's own business.
+    # Dropout, wherever it is set, is the model's own business.
     return not model.training or not any(
-        getattr(module, "gradient_checkpointing", False)
-        or (isinstance(module, nn.Dropout) and module.p > 0)
+        (isinstance(module, nn.Dropout) and module.p > 0)
         or (isinstance(rate := getattr(module, "attention_dropout", 0.0), float) and rate > 0)
         for module in model.modules()
     )
