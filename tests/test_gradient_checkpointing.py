@@ -10,7 +10,7 @@ from rlhf_gym.agents import PPO
 
 
 def first_update(checkpointed: bool) -> dict[str, float]:
-    envs = gym.make_vec("rlhf_gym/TinyReviews-v0", num_envs=4, kl_coef=0.05, max_response_tokens=6)
+    envs = gym.make_vec("rlhf_gym/TinyReviews-v0", num_envs=8, kl_coef=0.05, reward="length")
     agent = PPO(envs, seed=0, num_minibatches=1, num_epochs=1, gradient_checkpointing=checkpointed)
     assert any(getattr(module, "gradient_checkpointing", False) for module in agent.policy.modules()) == checkpointed
     found: list[dict[str, float]] = []
@@ -22,4 +22,4 @@ def test_the_gradient_is_the_same():
     plain, checkpointed = first_update(False), first_update(True)
     for name in ("train/loss", "train/value_loss", "train/grad_norm", "objective/scores"):
         assert checkpointed[name] == pytest.approx(plain[name], rel=1e-4, abs=1e-6)
-    assert plain["train/grad_norm"] > 0
+    assert plain["objective/scores"] > 0  # or there was nothing to learn from
