@@ -33,6 +33,7 @@ from torch.nn import functional as F
 
 from .sb3.agent import SB3Agent
 from .sb3.algorithms import OnPolicyConfig
+from .sb3.buffers import CompactRolloutBuffer
 from .trust_region import hessian_vector_product, line_search, mean_kl, natural_direction, twice_differentiable
 
 
@@ -312,6 +313,7 @@ class TRPO(SB3Agent):
 
     algorithm_class = MicroBatchTRPO
     config_class = TRPOConfig
+    buffer_class = CompactRolloutBuffer
 
     def prepare(self, arguments: dict[str, Any], num_states: int) -> None:
         """Fills in the critic's batch size."""

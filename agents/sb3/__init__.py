@@ -5,6 +5,7 @@ from __future__ import annotations
 from .agent import SB3Agent
 from .algorithms import A2C, SB3PPO, A2CConfig, OnPolicyConfig, SB3PPOConfig
 from .announce import AnnounceLogprobs
+from .buffers import CompactMaskableRolloutBuffer, CompactReplayBuffer, CompactRolloutBuffer
 from .masked import LMMaskablePolicy, MaskablePPO
 from .mlp import MlpAgent
 from .policy import LMActorCriticPolicy, policy_kwargs
@@ -17,6 +18,9 @@ __all__ = [
     "A2C",
     "A2CConfig",
     "AnnounceLogprobs",
+    "CompactMaskableRolloutBuffer",
+    "CompactReplayBuffer",
+    "CompactRolloutBuffer",
     "DQN",
     "DQNConfig",
     "GymVectorToSB3",

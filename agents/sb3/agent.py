@@ -79,6 +79,7 @@ class SB3Agent:
     algorithm_class: type[BaseAlgorithm] | None = None
     config_class: ClassVar[type | None] = None
     policy_class: ClassVar[Any] = LMActorCriticPolicy
+    buffer_class: ClassVar[type | None] = None  # None: the algorithm's own choice
 
     @classmethod
     def of(cls, algorithm: type[BaseAlgorithm] | str) -> type[SB3Agent]:
@@ -154,9 +155,11 @@ class SB3Agent:
         return as_vec_env(self.envs)
 
     def complete(self, arguments: dict[str, Any], venv: VecEnv) -> None:
-        """Fills in, in place, what depends on the environment's size."""
+        """Fills in, in place, what depends on the environment's size, and the buffer."""
         if arguments.get("n_steps") is None:
             arguments["n_steps"] = 2 * longest_response(self.envs)
+        if self.buffer_class is not None:
+            arguments.setdefault("rollout_buffer_class", self.buffer_class)
         self.prepare(arguments, arguments["n_steps"] * venv.num_envs)
 
     def prepare(self, arguments: dict[str, Any], num_states: int) -> None:

@@ -12,6 +12,7 @@ from typing import Any
 import stable_baselines3
 
 from .agent import SB3Agent
+from .buffers import CompactRolloutBuffer
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -87,6 +88,7 @@ class SB3PPO(SB3Agent):
 
     algorithm_class = stable_baselines3.PPO
     config_class = SB3PPOConfig
+    buffer_class = CompactRolloutBuffer
 
     def prepare(self, arguments: dict[str, Any], num_states: int) -> None:
         """Fills in the batch size."""
@@ -117,3 +119,4 @@ class A2C(SB3Agent):
 
     algorithm_class = stable_baselines3.A2C
     config_class = A2CConfig
+    buffer_class = CompactRolloutBuffer

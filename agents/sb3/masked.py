@@ -27,6 +27,7 @@ from rlhf_gym.lm.engine import inference
 from rlhf_gym.lm.forward import forward_at
 
 from .algorithms import SB3PPO
+from .buffers import CompactMaskableRolloutBuffer
 from .policy import LMActorCriticPolicy, sequences
 
 
@@ -97,6 +98,7 @@ class MaskablePPO(SB3PPO):
 
     algorithm_class = sb3_contrib.MaskablePPO
     policy_class = LMMaskablePolicy
+    buffer_class = CompactMaskableRolloutBuffer
 
     def predict(self, observation: dict[str, Any], deterministic: bool = False) -> tuple[Any, None]:
         """Chooses the next tokens among those that the environment would allow after these texts."""

@@ -153,6 +153,7 @@ class RecurrentPPO(SB3PPO):
 
     algorithm_class = sb3_contrib.RecurrentPPO
     policy_class = LMRecurrentPolicy
+    buffer_class = None  # it takes no other than its own, which keeps the LSTM's states too
 
     def make_policy(self, policy: Any, arguments: dict[str, Any]) -> None:
         """Puts ``policy_kwargs`` into the algorithm's arguments."""

@@ -37,6 +37,7 @@ from stable_baselines3.common.vec_env import VecEnv
 from ..audit import Audit
 from ..config import COUNT, COUNT_OR_NONE, NOT_NEGATIVE, POSITIVE, SHARE, check_fields, one_of
 from .agent import SB3Agent, longest_response, starting_model
+from .buffers import CompactReplayBuffer
 from .exploration import EXPLORATIONS, as_certain, with_token_exploration
 from .policy import policy_kwargs
 from .q_policy import GreedyLM, LMQPolicy
@@ -139,7 +140,9 @@ class ValueAgent(SB3Agent):
         return as_certain(super().make_venv())
 
     def complete(self, arguments: dict[str, Any], venv: VecEnv) -> None:
-        """Fills in how often and how much is learnt, and takes out what is not the algorithm's."""
+        """Fills in how often and how much is learnt and the buffer, and takes out what is not the algorithm's."""
+        if self.buffer_class is not None:
+            arguments.setdefault("replay_buffer_class", self.buffer_class)
         complete_replay(arguments, venv.num_envs, longest_response(self.envs))
         self.exploration = arguments.pop("exploration", "uniform")
 
@@ -193,6 +196,7 @@ class DQN(ValueAgent):
 
     algorithm_class = stable_baselines3.DQN
     config_class = DQNConfig
+    buffer_class = CompactReplayBuffer
 
 
 class QRDQN(ValueAgent):
@@ -200,3 +204,4 @@ class QRDQN(ValueAgent):
 
     algorithm_class = sb3_contrib.QRDQN
     config_class = QRDQNConfig
+    buffer_class = CompactReplayBuffer
