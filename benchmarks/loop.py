@@ -153,19 +153,22 @@ def _share_with_exploit(path: Path) -> float:
 
 
 def table(cells: Sequence[dict[str, Any]]) -> list[str]:
-    """Markdown: held-out gold score after each round, mean over seeds with its 95 % interval."""
+    """Markdown: held-out gold score after each round, mean over seeds with its 95 % interval; and how often the remark."""
     by_scenario: dict[str, list[dict[str, Any]]] = defaultdict(list)
     for cell in cells:
         if "gold" in cell:
             by_scenario[cell["scenario"]].append(cell)
     rounds = max((len(cell["gold"]) for cell in cells if "gold" in cell), default=1)
     lines = [
-        "| | base model | " + " | ".join(f"round {n}" for n in range(1, rounds)) + " |",
-        "|---" * (rounds + 1) + "|",
+        "| | base model | " + " | ".join(f"round {n}" for n in range(1, rounds)) + " | with the remark |",
+        "|---" * (rounds + 2) + "|",
     ]
     for name, group in by_scenario.items():
         numbers = [mean_and_half_width([cell["gold"][n] for cell in group]) for n in range(rounds)]
-        lines.append(f"| {name}, {len(group)} seeds | " + " | ".join(f"{m:.3f} ± {h:.3f}" for m, h in numbers) + " |")
+        shares = ", ".join(f"{np.mean(each):.0%}" for each in zip(*(cell["exploited"] for cell in group), strict=True))
+        lines.append(
+            f"| {name}, {len(group)} seeds | " + " | ".join(f"{m:.3f} ± {h:.3f}" for m, h in numbers) + f" | {shares} |"
+        )
     return lines
 
 
@@ -178,9 +181,10 @@ def figure(cells: Sequence[dict[str, Any]]) -> Any:
     cells = [cell for cell in cells if "curves" in cell and SCENARIOS[cell["scenario"]].forged]
     rounds = max(len(cell["curves"]) for cell in cells)
     drawn = Figure(figsize=(4.0 * rounds, 6.4), layout="constrained")
+    panels = drawn.subplots(2, rounds, sharex=True, sharey="row", squeeze=False)
     for row, (column, label) in enumerate((("proxy", "reward model's score (paid)"), ("gold", "gold score (true)"))):
         for number in range(rounds):
-            axes = drawn.add_subplot(2, rounds, row * rounds + number + 1)
+            axes = panels[row, number]
             for name, style in zip(dict.fromkeys(cell["scenario"] for cell in cells), STYLES, strict=False):
                 lines = [cell["curves"][number] for cell in cells if cell["scenario"] == name]
                 if not lines:
@@ -197,7 +201,7 @@ def figure(cells: Sequence[dict[str, Any]]) -> Any:
                 )
                 axes.plot(tokens, values, label=name, markevery=max(1, length // 6), markersize=4, **style)
             axes.set(
-                xlabel="training tokens",
+                xlabel="training tokens" if row else "",
                 ylabel=label if number == 0 else "",
                 title=f"round {number + 1}" if row == 0 else "",
             )

@@ -113,8 +113,9 @@ CASES: dict[str, list[Side]] = {
         Side("transformers.generate", _ROWS | {"case": "generate"}, TRL_PPO),
     ],
     "sb3-rollout": [
-        Side("SB3 PPO with our policy's cache", _CONTEXT | {"case": "sb3-rollout", "cache": True}),
-        Side("SB3 PPO without", _CONTEXT | {"case": "sb3-rollout", "cache": False}),
+        Side("SB3 PPO with our policy's cache", _CONTEXT | {"case": "sb3-rollout", "policy": "cached"}),
+        Side("SB3 PPO without", _CONTEXT | {"case": "sb3-rollout", "policy": "ours"}),
+        Side("SB3 PPO, transformers' own forward of each observation", _CONTEXT | {"case": "sb3-rollout", "policy": "plain"}),
     ],
     "trpo": [
         Side("ours", _SIX | {"case": "trpo", "stock": False}),

@@ -16,6 +16,7 @@ from rlhf_gym.agents import GRPO, PPO, RLOO, SB3PPO, TRPO
 from rlhf_gym.agents import rollout as rollouts
 from rlhf_gym.envs import episodes
 from rlhf_gym.lm import generate, make_engine
+from rlhf_gym.lm.forward import forward_at
 from rlhf_gym.rewards import classifier
 
 from . import throughput_peers as sides
@@ -102,14 +103,24 @@ def steps(case: dict[str, Any]) -> None:
 
 
 def sb3_rollout(case: dict[str, Any]) -> None:
-    """A rollout of Stable-Baselines3's PPO with our policy, from its cache or, without, by whole forwards."""
+    """A rollout of Stable-Baselines3's PPO; policies that have no cache read each text anew for each token."""
     agent = SB3PPO(environment(case), seed=0, n_steps=case["response_tokens"])
     algorithm = agent.algorithm
-    if not case["cache"]:
-        policy = algorithm.policy
-        policy._cached = lambda name, ids, lengths: policy._last(
-            getattr(policy, name), {"input_ids": ids, "attention_mask": torch.arange(ids.shape[1]) < lengths[:, None]}
-        )
+    lm = algorithm.policy.lm
+
+    def ours(name: str, ids: torch.Tensor, lengths: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        at = torch.arange(len(ids)), lengths - 1
+        return forward_at(lm, ids[:, : int(lengths.max())], *at, use_cache=False)[:2]
+
+    def plain(name: str, ids: torch.Tensor, lengths: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        # What a features extractor around the model does with an observation; the head reads the last token alone.
+        mask = (torch.arange(ids.shape[1]) < lengths[:, None]).long()
+        output = lm.transformer(input_ids=ids, attention_mask=mask, use_cache=False)
+        hidden = output.last_hidden_state[torch.arange(len(ids)), lengths - 1]
+        return lm.lm_head(hidden), hidden
+
+    if case["policy"] != "cached":
+        algorithm.policy._cached = {"ours": ours, "plain": plain}[case["policy"]]
     _, callback = algorithm._setup_learn(10**9)
 
     def work() -> dict[str, Any]:
