@@ -115,7 +115,10 @@ CASES: dict[str, list[Side]] = {
     "sb3-rollout": [
         Side("SB3 PPO with our policy's cache", _CONTEXT | {"case": "sb3-rollout", "policy": "cached"}),
         Side("SB3 PPO without", _CONTEXT | {"case": "sb3-rollout", "policy": "ours"}),
-        Side("SB3 PPO, transformers' own forward of each observation", _CONTEXT | {"case": "sb3-rollout", "policy": "plain"}),
+        Side(
+            "SB3 PPO, transformers' own forward of each observation",
+            _CONTEXT | {"case": "sb3-rollout", "policy": "plain"},
+        ),
     ],
     "trpo": [
         Side("ours", _SIX | {"case": "trpo", "stock": False}),
