@@ -282,3 +282,17 @@ def test_a_terminal_that_knows_no_unicode_costs_no_samples(place):
     )
     assert done.returncode == 0, done.stderr
     assert len(Path("samples.jsonl").read_text().splitlines()) == 4 and "samples: samples.jsonl" in done.stdout
+
+
+def test_evaluate_replaces_no_file_unless_told_to(place, capsys):
+    Path("mine.jsonl").write_text("mine\n")
+    task = (
+        "evaluate --model base --reward length --prompts prompts.jsonl --num-episodes 4 --max-response-tokens 6".split()
+    )
+    for flag in ("--out", "--review-queue"):
+        assert main([*task, flag, "mine.jsonl"]) == 2
+        assert f"{flag} mine.jsonl exists; choose another name" in capsys.readouterr().err
+        assert main([*task, flag, "nowhere/mine.jsonl"]) == 2 and "there is no directory" in capsys.readouterr().err
+    assert Path("mine.jsonl").read_text() == "mine\n"
+    assert main([*task, "--out", "mine.jsonl", "--overwrite"]) == 0
+    assert len(Path("mine.jsonl").read_text().splitlines()) == 4

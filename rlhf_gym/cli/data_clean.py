@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
-import os
-from pathlib import Path
 from typing import Any
 
 from rlhf_gym.atomic import write_text
 from rlhf_gym.cli.data_check import print_lines, print_problems, print_table
 from rlhf_gym.cli.data_options import DataClean
+from rlhf_gym.cli.files import new_file
 from rlhf_gym.data import Dataset, Duplicate, find_duplicates, read_dataset, write_jsonl
 
 
 def run(options: DataClean) -> int:
     """Write what stays and print what goes; returns 1 when the file has problems and they are not to be dropped."""
-    out = _target("--out", options.out, options)
-    dropped = None if options.dropped is None else _target("--dropped", options.dropped, options)
+    out = new_file("--out", options.out, options.overwrite, options.file)
+    dropped = (
+        None if options.dropped is None else (new_file("--dropped", options.dropped, options.overwrite, options.file))
+    )
     if dropped is not None and out.resolve() == dropped.resolve():
         raise ValueError("--out and --dropped must be two files")
     # All problems are kept: each is a dropped row.
@@ -34,24 +35,6 @@ def run(options: DataClean) -> int:
     write_text(out, "".join(line + "\n" for line in kept))
     _report(options, data, duplicates, len(kept))
     return 0
-
-
-def _target(flag: str, name: str, options: DataClean) -> Path:
-    """A file that may be written.
-
-    Raises:
-        ValueError: If it exists, and --overwrite was not given.
-    """
-    path = Path(name).expanduser()
-    if not path.parent.is_dir():
-        raise ValueError(f"{flag} {name}: there is no directory {str(path.parent)!r}")
-    if path.is_dir():
-        raise ValueError(f"{flag} {name} is a directory; name a file")
-    if path.exists() and not options.overwrite:
-        source = Path(options.file).expanduser()
-        what = "is the input" if source.exists() and os.path.samefile(path, source) else "exists"
-        raise ValueError(f"{flag} {name} {what}; choose another name, or replace it with --overwrite")
-    return path
 
 
 def _report(options: DataClean, data: Dataset, duplicates: list[Duplicate], num_kept: int) -> None:

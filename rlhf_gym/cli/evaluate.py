@@ -7,6 +7,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+from rlhf_gym.atomic import write_text
+from rlhf_gym.cli.files import new_file
 from rlhf_gym.cli.options import Evaluate
 from rlhf_gym.cli.red_team import run_red_team
 from rlhf_gym.cli.setup import make_envs, model_source, quiet_transformers
@@ -22,6 +24,9 @@ DISAGREEMENT = "disagreement"
 
 def run(options: Evaluate) -> int:
     """Evaluate and print; returns the exit code."""
+    for flag, name in (("--out", options.out), ("--review-queue", options.review_queue)):
+        if name is not None:
+            new_file(flag, name, options.overwrite)
     quiet_transformers()
     policy = load_language_model(model_source(options.model), device=options.device, dtype=options.dtype)
     source = options.reference or _own_reference(options.model)
@@ -49,7 +54,7 @@ def run(options: Evaluate) -> int:
         columns = {"reference": evaluate(None, envs, **arguments), **columns}
     if options.out is not None:
         lines = [json.dumps(sample, ensure_ascii=False) + "\n" for sample in found.samples]
-        Path(options.out).write_text("".join(lines), encoding="utf-8")
+        write_text(Path(options.out).expanduser(), "".join(lines))
     if options.review_queue is not None:
         _write_review_queue(options, found, columns.get("reference"))
     if options.json:

@@ -238,6 +238,8 @@ class Evaluate(SafetyOptions, TaskOptions):
     """Print the numbers as JSON instead of the table."""
     out: str | None = None
     """Write the samples to this .jsonl file."""
+    overwrite: bool = False
+    """Replace the files that --out and --review-queue name."""
 
     def __post_init__(self):
         super().__post_init__()

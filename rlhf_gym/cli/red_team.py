@@ -47,7 +47,7 @@ def run_red_team(options: Evaluate, model: Any, reference: Any) -> int:
     if model is not None and options.win_rate:
         found = {"reference": red_team(None, envs, rows, **arguments), **found}
     if options.out is not None:
-        write_jsonl(Path(options.out), found[options.model].samples)
+        write_jsonl(Path(options.out).expanduser(), found[options.model].samples)
     if options.json:
         print(json.dumps({name: result.summary() for name, result in found.items()}))
         return 0
