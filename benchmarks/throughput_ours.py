@@ -17,6 +17,7 @@ from rlhf_gym.agents import rollout as rollouts
 from rlhf_gym.envs import episodes
 from rlhf_gym.lm import generate, make_engine
 from rlhf_gym.lm.forward import forward_at
+from rlhf_gym.memory import keep_freed_memory
 from rlhf_gym.rewards import classifier
 
 from . import throughput_peers as sides
@@ -158,6 +159,7 @@ CASES = dict.fromkeys(AGENTS, update) | {
 def main() -> None:
     """One case, given as JSON."""
     sides.take_answers()
+    keep_freed_memory()  # as the command line does
     case = json.loads(sys.argv[1])
     torch.set_num_threads(case["threads"])
     CASES[case["case"]]({"weights": "float32"} | case)

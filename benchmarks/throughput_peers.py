@@ -8,6 +8,7 @@ and printing what it took as a line of JSON. So two sides can take turns on one 
 
 from __future__ import annotations
 
+import ctypes
 import json
 import os
 import resource
@@ -273,6 +274,10 @@ def take_answers() -> None:
 if __name__ == "__main__":
     take_answers()
     chosen = json.loads(sys.argv[1])
+    if chosen.get("keep_freed_memory"):  # as rlhf_gym.memory does it
+        mallopt = ctypes.CDLL(None).mallopt
+        mallopt(-3, 2**31 - 1)
+        mallopt(-1, 2**31 - 1)
     import torch as _torch
 
     _torch.set_num_threads(chosen["threads"])
