@@ -1,6 +1,6 @@
 """How fast this machine trains and generates, side by side with peers in the same run.
 
-    python -m rlhf_gym.benchmarks.throughput                                  # all cases
+    python -m rlhf_gym.benchmarks.throughput                                  # all cases but the heaviest
     python -m rlhf_gym.benchmarks.throughput ppo-small rollout --rounds 5 --out benchmarks/results/throughput.json
     python -m rlhf_gym.benchmarks.throughput --table benchmarks/results/throughput.json    # README's, of what is there
 
@@ -29,7 +29,7 @@ from typing import Any
 from rlhf_gym.atomic import write_json
 
 from .cells import provenance
-from .throughput_cases import CASES, Side
+from .throughput_cases import CASES, ON_REQUEST, Side
 from .throughput_floors import against_hardware, machine_rates
 from .throughput_tables import readme_table, table
 
@@ -44,7 +44,11 @@ print(json.dumps({name: importlib.metadata.version(name) for name in ("trl", "to
 def main(argv: list[str] | None = None) -> None:
     """Measure and print."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("cases", nargs="*", metavar="CASE", help=f"some of {', '.join(CASES)}; all when left out")
+    usual = [name for name in CASES if name not in ON_REQUEST]
+    parser.add_argument(
+        "cases", nargs="*", metavar="CASE",
+        help=f"some of {', '.join(CASES)}; when left out, all but {', '.join(ON_REQUEST)} (18 GiB of memory)",
+    )  # fmt: skip
     parser.add_argument("--rounds", type=int, default=5, help="measurements of each side, after one that warms up")
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)), help="of each side")
     parser.add_argument(
@@ -64,7 +68,7 @@ def main(argv: list[str] | None = None) -> None:
             parser.error(f"CASE must be one of {', '.join(CASES)}, got {name!r}")
     # Not resolved: a virtual environment's Python is a link.
     pythons = {installed(python.absolute())["trl"]: python.absolute() for python in options.peer_python}
-    for name in options.cases or CASES:
+    for name in options.cases or usual:
         sides = CASES[name]
         peers = sorted({side.peer for side in sides if side.peer})
         for trl in peers:
