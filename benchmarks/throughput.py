@@ -144,12 +144,10 @@ def worker(side: Side, pythons: dict[str, Path], threads: int) -> Iterator[Calla
         command = [str(pythons[side.peer]), "-I", str(PEERS)]
     else:
         command = [sys.executable, "-m", "rlhf_gym.benchmarks.throughput_ours"]
-    # Threads that spin while the other side works would take its time.
-    environment = os.environ | {
-        "OMP_NUM_THREADS": str(threads),
-        "OMP_WAIT_POLICY": "passive",
-        "TOKENIZERS_PARALLELISM": "false",
-    }
+    # OpenMP waits as it does by default: threads spin for a moment and then sleep. So whoever waits for its turn takes
+    # nothing of the other's time, and many small operations do not pay for waking threads.
+    environment = os.environ | {"OMP_NUM_THREADS": str(threads), "TOKENIZERS_PARALLELISM": "false"}
+    environment.pop("OMP_WAIT_POLICY", None)
     # The errors go to a file: nobody reads along, and a pipe that is full would stop the process.
     with tempfile.TemporaryDirectory() as folder, open(Path(folder, "errors"), "w+") as errors:
         process = subprocess.Popen(

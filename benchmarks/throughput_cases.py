@@ -37,8 +37,8 @@ def _ppo(shape: dict[str, Any], rows: int, prompt_tokens: int, response_tokens: 
     return [
         Side("ours, bfloat16 with float32 masters", sizes | {"case": "ppo", "weights": "bfloat16"}, alone=alone),
         Side("ours, float32", sizes | {"case": "ppo"}, alone=alone),
-        Side("TRL 1.12, float32 (as it ships)", sizes | {"case": "trl-ppo"}, TRL_PPO, alone),
-        Side("TRL 1.12, bf16=True", sizes | {"case": "trl-ppo", "bf16": True}, TRL_PPO, alone),
+        Side("TRL 1.12, float32", sizes | {"case": "trl-ppo"}, TRL_PPO, alone),
+        Side("TRL 1.12 as it ships: bf16=True", sizes | {"case": "trl-ppo", "bf16": True}, TRL_PPO, alone),
         Side(
             "TRL 1.12, tuned by hand: bfloat16 weights, tanh GELU, freed memory kept (updates round away)",
             sizes | {"case": "trl-ppo", "shape": tanh} | _TUNED, TRL_PPO, alone,

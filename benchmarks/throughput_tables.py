@@ -20,10 +20,10 @@ class Line(NamedTuple):
 
 _TUNED = "the same, against TRL tuned by hand: bfloat16 weights, tanh GELU, freed memory kept (its updates round away)"
 _LINES = [
-    Line("PPO with a reward model, 64 rows of 16 + 32, 4 epochs, small shape; against TRL 1.12 as it ships", "ppo-small", 0, 2),
+    Line("PPO with a reward model, 64 rows of 16 + 32, 4 epochs, small shape; against TRL 1.12 as it ships", "ppo-small", 0, 3),
     Line("the same, both float32", "ppo-small", 1, 2),
     Line(_TUNED, "ppo-small", 0, 4),
-    Line("the same with GPT-2 small's shape, 16 rows; against TRL 1.12 as it ships", "ppo-gpt2", 0, 2),
+    Line("the same with GPT-2 small's shape, 16 rows; against TRL 1.12 as it ships", "ppo-gpt2", 0, 3),
     Line("the same, both float32", "ppo-gpt2", 1, 2),
     Line(_TUNED, "ppo-gpt2", 0, 4),
     Line("GRPO, 8 prompts 8 times, 16 + 32, small shape; against TRL 1.16 as it ships", "grpo-small", 0, 2),

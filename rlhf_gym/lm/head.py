@@ -7,8 +7,8 @@ from torch import Tensor
 
 from .matmul import linear
 
-LOGITS_PER_PIECE = 2**25  # a piece of the logits that exists at a time: 128 MiB in float32
-# So many may be kept from the forward to the backward pass, as many bytes as a piece; more are computed twice.
+LOGITS_PER_PIECE = 2**24  # a piece of the logits that exists at a time: 64 MiB in float32
+# So many may be kept from the forward to the backward pass, 128 MiB; more are computed twice.
 PROBABILITIES_KEPT = 2**25
 
 
