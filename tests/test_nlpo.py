@@ -119,8 +119,9 @@ def test_the_mask_moves_every_so_many_updates():
 def test_a_mask_that_allows_everything_is_ppo():
     ours = an_agent(mask_top_p=None, mask_top_k=V).learn(60)
     ppo = PPO(make_envs(8, model=model(), kl_coef=0.1), policy=model(seed=1), seed=0, learning_rate=1e-2).learn(60)
+    # One goes by masked logits, the other by the head in pieces: float32 to 1e-5, after steps of Adam of about 1e-2.
     for a, b in zip(ours.policy.model.parameters(), ppo.policy.model.parameters(), strict=True):
-        torch.testing.assert_close(a, b, atol=1e-6, rtol=0)
+        torch.testing.assert_close(a, b, atol=1e-5, rtol=0)
 
 
 def test_the_audit_knows_whose_mask_it_is():
