@@ -53,7 +53,7 @@ class AgentConfig:
         lora_rank: Rank of a LoRA adapter that is trained in place of the model. Its base is the environment's reference,
             whose weights it shares and whose precision it has. None: all weights are trained.
         gradient_checkpointing: Keep only the input of each block for the backward pass and compute the rest twice: a
-            third more time, and memory that hardly grows with the number of blocks. GPT-2 and Llama shapes.
+            third more operations, and memory that hardly grows with the number of blocks. GPT-2 and Llama shapes.
     """
 
     learning_rate: float = 1e-4

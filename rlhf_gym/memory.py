@@ -13,8 +13,8 @@ def keep_freed_memory() -> bool:
     """Tells glibc's malloc to keep what is freed, for the whole process and for good.
 
     By default it gives large blocks back at once and asks for new ones, which the system fills with zeros page by page:
-    a sixth to a quarter of an update's time on two cores. The process does not shrink between peaks, and its
-    peak grows, by 6 % for a GPT-2 small and by up to 38 % for smaller models: what is kept does not always fit.
+    a tenth to a quarter of an update of a small model on two cores. The process does not shrink between peaks, and its peak
+    is higher: what is kept does not always fit.
 
     Returns:
         Whether it has an effect: on Linux with glibc. Elsewhere nothing is done.

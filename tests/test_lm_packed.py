@@ -111,3 +111,29 @@ def test_attention_dropout_is_left_to_the_model():
     llama = new_model("llama").train()
     llama.model.layers[0].self_attn.attention_dropout = 0.1
     assert not packed.supports(llama, {}) and packed.supports(llama.eval(), {})
+
+
+@pytest.mark.parametrize("most_scores", [512, 0], ids=["two products", "fused"])
+@pytest.mark.parametrize("window", [None, 3])
+@pytest.mark.parametrize("key_heads", [4, 2, 1])
+def test_attention_in_bfloat16_is_attention(key_heads, window, most_scores, monkeypatch):
+    """Values and gradients against the formula in float64, of queries that share keys, with and without a window."""
+    monkeypatch.setattr(packed, "MOST_SCORES_PER_QUERY", most_scores)
+    generator = torch.Generator().manual_seed(0)
+    q, k, v, weights = (
+        torch.randn(3, heads, 7, 8, generator=generator).bfloat16() for heads in (4, key_heads, key_heads, 4)
+    )
+    distance = torch.arange(7)[:, None] - torch.arange(7)
+    seen = (distance >= 0) & (distance < (window or 7))
+    found = [part.clone().requires_grad_() for part in (q, k, v)]
+    out = packed._bfloat16_attention(*found, None if window is None else seen, 0.4)
+    (out * weights).float().sum().backward()
+    exact = [part.double().requires_grad_() for part in (q, k, v)]
+    keys, values = (part.repeat_interleave(4 // key_heads, 1) for part in exact[1:])
+    scores = (0.4 * exact[0] @ keys.transpose(2, 3)).masked_fill(~seen, -torch.inf)
+    expected = scores.softmax(-1) @ values
+    (expected * weights.double()).sum().backward()
+    assert out.dtype == torch.bfloat16
+    for ours, right in [(out, expected), *zip((x.grad for x in found), (x.grad for x in exact), strict=True)]:
+        error = (ours.double() - right).abs().max() / right.abs().max()
+        assert error < 2e-2
