@@ -190,9 +190,9 @@ class Counting(Recompute):
         self.filled += len(rows)
         return super().prefill(rows, *args)
 
-    def decode(self, tokens, active):
+    def advance(self, tokens, active, longest=None):
         self.moved += int(active.sum())
-        return super().decode(tokens, active)
+        super().advance(tokens, active, longest)
 
 
 def test_next_logits_does_no_more_than_it_must():
@@ -387,7 +387,7 @@ class Table(Engine):
     def _prefill(self, rows, ids, lengths):
         return self.table[ids[torch.arange(len(ids)), lengths - 1]], None
 
-    def _decode(self, tokens, active):
+    def _decode(self, tokens, active, longest):
         return self.table[tokens], None
 
 

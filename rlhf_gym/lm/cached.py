@@ -68,8 +68,8 @@ class RaggedKV(ModelEngine):
             self.state[f"values.{i}"][rows, :, : ids.shape[1]] = layer.values
         return logits[:, 0], None if hidden is None else hidden[:, 0]
 
-    def _decode(self, tokens: Tensor, active: Tensor) -> tuple[Tensor, Tensor | None]:
-        positions, slots, width = self._where(active)
+    def _decode(self, tokens: Tensor, active: Tensor, longest: int | None) -> tuple[Tensor, Tensor | None]:
+        positions, slots, width = self._where(active, longest)
         for layer in self._cache.layers:
             layer.columns, layer.width = slots, width
         rows = self._rows[: len(tokens), None]
@@ -85,13 +85,13 @@ class RaggedKV(ModelEngine):
         )
         return logits[:, 0], None if hidden is None else hidden[:, 0]
 
-    def _where(self, active: Tensor) -> tuple[Tensor, Tensor, int]:
+    def _where(self, active: Tensor, longest: int | None) -> tuple[Tensor, Tensor, int]:
         """Position of each of the first rows' new token, the column it writes, and how many columns are in use."""
         n = self.n[: len(active)]
         # A row that does not move must not be changed either: it writes into the spare column.
         slots = torch.where(active, n, self.max_tokens)
-        # Where shapes are fixed all columns count; on a CPU those that no active row has reached are left out.
-        width = int((n * active).max()) + 1 if self.device.type == "cpu" else self._num_columns
+        # On a CPU the columns that no active row has reached are left out; a GPU would have to be waited for.
+        width = longest or (int((n * active).max()) + 1 if self.device.type == "cpu" else self._num_columns)
         return n.clamp(max=self.max_tokens - 1), slots, width
 
     def _masks(self, positions: Tensor, width: int) -> Tensor | dict[str, Tensor]:

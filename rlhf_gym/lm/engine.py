@@ -85,11 +85,11 @@ class Engine:
         """Fills the state of ``rows`` from scratch; returns next-token logits (k, V) and hidden (k, d) or None."""
         raise NotImplementedError
 
-    def _decode(self, tokens: Tensor, active: Tensor) -> tuple[Tensor, Tensor | None]:
+    def _decode(self, tokens: Tensor, active: Tensor, longest: int | None) -> tuple[Tensor, Tensor | None]:
         """Appends ``tokens`` at position ``n`` of the active rows; returns logits (k, V) and hidden (k, d) or None.
 
         It is given the first k rows of the engine, ``tokens`` (k,) and ``active`` (k,); the others are all inactive.
-        The state of inactive rows must not change; what is returned for them is ignored.
+        The state of inactive rows must not change; what is returned for them is ignored. ``longest`` is as in `advance`.
         """
         raise NotImplementedError
 
@@ -132,37 +132,47 @@ class Engine:
         return logits
 
     def decode(self, tokens: Tensor, active: Tensor) -> Tensor:
+        """`advance`, and what it has found.
+
+        Returns:
+            Logits of the next token, unspecified for inactive rows. A fresh tensor. Shape (B, V), float32.
+        """
+        self.advance(tokens, active)
+        return self.state["logits"].clone()
+
+    def advance(self, tokens: Tensor, active: Tensor, longest: int | None = None) -> None:
         """Appends one token to each active row and leaves the others exactly as they are.
+
+        What follows is then in ``state["logits"]`` and `last_hidden`. On a GPU the host waits for nothing here.
 
         Args:
             tokens: Token to append; ignored for inactive rows but a valid id. Shape (B,), int64.
             active: Rows that move. An active row that already holds T tokens stays as it is and its logits mean
                 nothing; it never disturbs another row. Shape (B,), bool.
-
-        Returns:
-            Logits of the next token, unspecified for inactive rows. Shape (B, V), float32.
+            longest: A number of tokens that no active row exceeds afterwards, for a caller who knows one: a GPU, which
+                is not asked how long its rows are, need not look beyond. None: T.
         """
-        active = active & (self.n < self.max_tokens)
+        count = self.num_rows
         if self.device.type == "cpu":  # no work for idle rows at the end; elsewhere fixed shapes are worth more
-            moving = active.nonzero()
+            moving = (active & (self.n < self.max_tokens)).nonzero()
             count = int(moving[-1]) + 1 if len(moving) else 0
-        else:
-            count = self.num_rows
-        if count == 0:
-            return self.state["logits"].clone()
-        rows, tokens, active = self._rows[:count], tokens[:count], active[:count]
-        last = self.n[:count].clamp(max=self.max_tokens - 1)
-        ids = self.state["ids"]
+        if count:
+            self._advance(tokens[:count], active[:count], None if longest is None else min(longest, self.max_tokens))
+
+    def _advance(self, tokens: Tensor, active: Tensor, longest: int | None) -> None:
+        """`advance` of the first rows; beyond `_decode` nothing in it waits for the device or depends on the data."""
+        count = len(tokens)
+        n, ids, rows = self.n[:count], self.state["ids"], self._rows[:count]
+        active = active & (n < self.max_tokens)
+        last = n.clamp(max=self.max_tokens - 1)
         ids[rows, last] = torch.where(active, tokens, ids[rows, last])
         with inference(self.model):
-            logits, hidden = self._decode(tokens, active)
-            logits = logits.float()
-            for name, new in (("logits", logits), ("hidden", hidden)):
+            logits, hidden = self._decode(tokens, active, longest)
+            for name, new in (("logits", logits.float()), ("hidden", hidden)):
                 if new is not None:
                     kept = self.state[name][:count]
                     torch.where(active[:, None], new, kept, out=kept)
-        self.n[:count] += active
-        return logits if count == self.num_rows else nn.functional.pad(logits, (0, 0, 0, self.num_rows - count))
+        n += active
 
     # The memo ---------------------------------------------------------------------------------------------------------
 
@@ -200,7 +210,7 @@ class Engine:
             )
         if any_one_more:
             newest = ids.gather(1, self.n.clamp(max=width - 1)[:, None])[:, 0]
-            self.decode(newest, one_more)
+            self.advance(newest, one_more)
         if any_anew:
             rows = anew.nonzero()[:, 0]
             self.prefill(rows, ids[rows, : int(lengths[rows].max())], lengths[rows])

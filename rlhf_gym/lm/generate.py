@@ -10,6 +10,7 @@ from torch import Tensor
 
 from .engine import Engine
 from .forward import pad_sequences
+from .on_device import DeviceLoop, run
 from .sampling import TokenFilter, sample_tokens
 
 
@@ -68,6 +69,12 @@ def generate(
     num_episodes, num_rows, device = len(prompts), engine.num_rows, engine.device
     _check(engine, prompts, max_response_tokens, uniforms, token_filter, reference_engine)
     engines = [engine] + ([reference_engine] if token_filter.uses_reference else [])
+    if device.type != "cpu":
+        return _generate_on_device(
+            DeviceLoop(engines, prompts, max_response_tokens, eos_token_ids, uniforms, token_filter, value_fn),
+            [len(prompt) for prompt in prompts],
+            progress,
+        )
     eos = torch.tensor(sorted(set(eos_token_ids)), dtype=torch.long, device=device)
     shape = (num_episodes, max_response_tokens)
     pad = int(eos[0]) if len(eos) else 0
@@ -81,13 +88,12 @@ def generate(
 
     episode = torch.full((num_rows,), -1, device=device)  # which prompt a row is at, -1: none
     step = torch.zeros(num_rows, dtype=torch.long, device=device)  # tokens of its response so far
-    logits = [torch.zeros(num_rows, each.vocab_size, device=device) for each in engines]
     num_started = 0
     while True:
         idle = (episode < 0).nonzero()[:, 0][: num_episodes - num_started]
         if len(idle):
-            for each, kept in zip(engines, logits, strict=True):
-                kept[idle] = _prefill(each, idle, prompts[num_started : num_started + len(idle)])
+            for each in engines:
+                _prefill(each, idle, prompts[num_started : num_started + len(idle)])
             episode[idle] = torch.arange(num_started, num_started + len(idle), device=device)
             step[idle] = 0
             num_started += len(idle)
@@ -96,7 +102,8 @@ def generate(
             break
 
         at = (episode[busy], step[busy])
-        all_logprobs = token_filter.logprobs(logits[0][busy], token_filter.mask(logits[-1][busy]))
+        logits = [each.state["logits"][busy] for each in engines]
+        all_logprobs = token_filter.logprobs(logits[0], token_filter.mask(logits[-1]))
         tokens = all_logprobs.argmax(-1) if uniforms is None else sample_tokens(all_logprobs, uniforms[at])
         response_ids[at] = tokens
         response_mask[at] = True
@@ -123,23 +130,39 @@ def generate(
                 newest[front], step[front] = newest[left], step[left]
                 moved, episode = episode[left], torch.full_like(episode, -1)
                 episode[front] = moved
-            for i, each in enumerate(engines):
-                logits[i] = each.decode(newest, episode >= 0)
+            for each in engines:
+                each.advance(newest, episode >= 0)
     return Responses(response_ids, response_mask, logprobs, values, ended_by_eos)
 
 
-def _prefill(engine: Engine, rows: Tensor, prompts: Sequence[Tensor]) -> Tensor:
-    """Fills rows with prompts, (k, V) logits; of the same prompt several times in a row, one is computed and copied."""
+def _generate_on_device(loop: DeviceLoop, lengths: list[int], progress: Callable[[int], object] | None) -> Responses:
+    run(loop, lengths, progress)
+    num_tokens, max_response_tokens = loop.num_tokens[:-1], loop.response_ids.shape[1]
+    if not bool(loop.logprobs[:-1].isfinite().all()):
+        raise ValueError(
+            "the model must give some token a probability above 0 at each step; NaN comes from a model whose weights are "
+            "NaN or infinite"
+        )
+    return Responses(
+        response_ids=loop.response_ids[:-1],
+        response_mask=torch.arange(max_response_tokens, device=loop.device) < num_tokens[:, None],
+        logprobs=loop.logprobs[:-1],
+        values=None if loop.values is None else loop.values[:-1],
+        ended_by_eos=loop.ended_by_eos[:-1],
+    )
+
+
+def _prefill(engine: Engine, rows: Tensor, prompts: Sequence[Tensor]) -> None:
+    """Fills rows with prompts; of the same prompt several times in a row, one is computed and copied."""
     new = [i for i, prompt in enumerate(prompts) if i == 0 or prompt is not prompts[i - 1]]
     ids, lengths = pad_sequences([prompts[i] for i in new], device=engine.device)
-    logits = engine.prefill(rows[new], ids, lengths)
+    engine.prefill(rows[new], ids, lengths)
     if len(new) == len(prompts):
-        return logits
+        return
     is_new = torch.zeros(len(prompts), dtype=torch.long, device=engine.device)
     is_new[new] = 1
     which = is_new.cumsum(0) - 1
     engine.copy_rows(rows[new][which], rows)
-    return logits[which]
 
 
 def _check(engine, prompts, max_response_tokens, uniforms, token_filter, reference_engine) -> None:

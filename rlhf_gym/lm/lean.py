@@ -9,6 +9,7 @@ from transformers import PreTrainedModel
 
 from .blocks import apply_linear, trunk_of
 from .cached import RaggedKV
+from .graphs import StepGraphs
 
 
 class LeanKV(RaggedKV):
@@ -25,6 +26,12 @@ class LeanKV(RaggedKV):
         key_heads = self._keys[0].shape[1]
         self._first_columns = torch.arange(num_rows * key_heads, device=self.device).view(num_rows, key_heads)
         self._first_columns *= self._num_columns  # where each head of each row begins, in rows of width d
+        self._graphs: StepGraphs | None = None
+        if self.device.type == "cuda" and not _looks_at_positions(model):
+            self._graphs = StepGraphs(super()._advance, num_rows, max_tokens, model, self.device)
+
+    def _advance(self, tokens: Tensor, active: Tensor, longest: int | None) -> None:
+        (self._graphs or super()._advance)(tokens, active, longest)
 
     def _prefill(self, rows: Tensor, ids: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
         num_sequences, width = ids.shape
@@ -50,8 +57,8 @@ class LeanKV(RaggedKV):
         hidden = hidden[last]
         return apply_linear(self.model.lm_head, hidden), hidden
 
-    def _decode(self, tokens: Tensor, active: Tensor) -> tuple[Tensor, Tensor]:
-        positions, slots, width = self._where(active)
+    def _decode(self, tokens: Tensor, active: Tensor, longest: int | None) -> tuple[Tensor, Tensor]:
+        positions, slots, width = self._where(active, longest)
         count, key_heads = len(tokens), self._first_columns.shape[1]
         slots = (self._first_columns[:count] + slots[:, None]).flatten()
         lowest = torch.finfo(self._keys[0].dtype).min
@@ -76,3 +83,9 @@ class LeanKV(RaggedKV):
 
         hidden = self._trunk(self.model, tokens, positions, attend)
         return apply_linear(self.model.lm_head, hidden), hidden
+
+
+def _looks_at_positions(model: PreTrainedModel) -> bool:
+    """Whether the frequencies of rotary positions depend on how far they go, which the host has to be told each time."""
+    rotary = getattr(model.base_model, "rotary_emb", None)
+    return getattr(rotary, "rope_type", "default") in ("dynamic", "longrope")

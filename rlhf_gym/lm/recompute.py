@@ -47,7 +47,7 @@ class Recompute(ModelEngine):
         logits, hidden, _ = forward_at(self.model, ids, index[:, None], lengths[:, None] - 1)
         return logits[:, 0], None if hidden is None else hidden[:, 0]
 
-    def _decode(self, tokens: Tensor, active: Tensor) -> tuple[Tensor, Tensor | None]:
+    def _decode(self, tokens: Tensor, active: Tensor, longest: int | None) -> tuple[Tensor, Tensor | None]:
         rows = active.nonzero()[:, 0]
         lengths = self.n[rows] + 1
         ids = self.state["ids"][rows, : int(lengths.max())]

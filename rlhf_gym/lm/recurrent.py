@@ -38,7 +38,7 @@ class Recurrent(ModelEngine):
             state[rows] = past.transpose(0, 1)
         return logits[:, 0], None if hidden is None else hidden[:, 0]
 
-    def _decode(self, tokens: Tensor, active: Tensor) -> tuple[Tensor, Tensor | None]:
+    def _decode(self, tokens: Tensor, active: Tensor, longest: int | None) -> tuple[Tensor, Tensor | None]:
         states = [state[: len(tokens)] for state in self._past]
         past = tuple(state.transpose(0, 1).contiguous() for state in states)
         rows = self._rows[: len(tokens), None]

@@ -154,20 +154,30 @@ def sample_tokens(logprobs: Tensor, uniforms: Tensor) -> Tensor:
     Raises:
         ValueError: If a row holds NaN, as the log-probs of a model with broken weights do, or nothing that can be drawn.
     """
-    cumulative = logprobs.exp().cumsum(-1)
-    total = cumulative[:, -1]
+    tokens, total = choose_tokens(logprobs, uniforms)
     if not bool((total > 0).all()):
         row = int((~(total > 0)).nonzero()[0])
         raise ValueError(
             f"logprobs must give some token a probability above 0, but those of row {row} sum to {total[row].item()}; "
             "NaN comes from a model whose weights are NaN or infinite"
         )
+    return tokens
+
+
+def choose_tokens(logprobs: Tensor, uniforms: Tensor) -> tuple[Tensor, Tensor]:
+    """`sample_tokens` without its check, for which a GPU would have to be waited for.
+
+    Returns:
+        Tokens (B,), int64, any at all where the total is not above 0; and the totals of the probabilities (B,).
+    """
+    cumulative = logprobs.exp().cumsum(-1)
+    total = cumulative[:, -1]
     # Below the total, whatever the rounding: the first entry that exceeds it exists and has a probability above 0.
     threshold = torch.minimum(uniforms.to(total) * total, torch.nextafter(total, torch.zeros_like(total)))
-    tokens = torch.searchsorted(cumulative, threshold[:, None], right=True)[:, 0]
+    tokens = torch.searchsorted(cumulative, threshold[:, None], right=True)[:, 0].clamp(max=logprobs.shape[-1] - 1)
     if logprobs.device.type != "cpu":
         # A parallel scan adds in a different order for different entries, so it can grow by a rounding error at a token
         # of probability 0.
         forbidden = logprobs.gather(1, tokens[:, None])[:, 0] == -math.inf
         tokens = torch.where(forbidden, logprobs.argmax(-1), tokens)
-    return tokens
+    return tokens, total
