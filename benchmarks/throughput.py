@@ -26,10 +26,12 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from rlhf_gym.atomic import write_json
 
 from .cells import provenance
-from .throughput_cases import CASES, ON_REQUEST, Side
+from .throughput_cases import CASES, GPU_CASES, ON_REQUEST, Side
 from .throughput_floors import against_hardware, machine_rates
 from .throughput_tables import readme_table, table
 
@@ -47,7 +49,7 @@ def main(argv: list[str] | None = None) -> None:
     usual = [name for name in CASES if name not in ON_REQUEST]
     parser.add_argument(
         "cases", nargs="*", metavar="CASE",
-        help=f"some of {', '.join(CASES)}; when left out, all but {', '.join(ON_REQUEST)} (18 GiB of memory)",
+        help=f"some of {', '.join(CASES)}; when left out, all but {', '.join(sorted(ON_REQUEST))} (18 GiB of memory; a GPU)",
     )  # fmt: skip
     parser.add_argument("--rounds", type=int, default=5, help="measurements of each side, after one that warms up")
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)), help="of each side")
@@ -66,6 +68,8 @@ def main(argv: list[str] | None = None) -> None:
     for name in options.cases:
         if name not in CASES:
             parser.error(f"CASE must be one of {', '.join(CASES)}, got {name!r}")
+        if name in GPU_CASES and not torch.cuda.is_available():
+            parser.error(f"CASE {name} needs a CUDA device, and torch finds none; leave it out")
     # Not resolved: a virtual environment's Python is a link.
     pythons = {installed(python.absolute())["trl"]: python.absolute() for python in options.peer_python}
     for name in options.cases or usual:
@@ -73,7 +77,7 @@ def main(argv: list[str] | None = None) -> None:
         peers = sorted({side.peer for side in sides if side.peer})
         for trl in peers:
             pythons[trl] = pythons.get(trl) or peer_python(trl)
-        rates = machine_rates(options.threads)
+        rates = machine_rates(options.threads, "cuda" if name in GPU_CASES else "cpu")
         answers = measure(sides, pythons, options.rounds, options.threads)
         found = {side.name: summary(side, answers[side.name], rates) for side in sides}
         print(f"\n{name}: {options.threads} threads, " + ", ".join(f"{key} {rate:.3g}" for key, rate in rates.items()))

@@ -95,6 +95,9 @@ def _growth(sizes: list[tuple[int, int]]) -> list[Side]:
 _ROWS = {"shape": SMALL, "rows": 64, "prompt_tokens": 16, "response_tokens": 32}
 _RAGGED = _ROWS | {"response_tokens": 64, "mean_tokens": 16, "prompts": 256}
 _CONTEXT = _ROWS | {"rows": 16, "prompt_tokens": 16, "response_tokens": 48}
+_GPU = {
+    "shape": GPT2 | {"device": "cuda"}, "rows": 512, "prompt_tokens": 32, "response_tokens": 64, "weights": "bfloat16",
+}  # fmt: skip
 _SIX = {"shape": SMALL | {"layers": 6, "width": 128}, "rows": 4, "prompt_tokens": 8, "response_tokens": 8}
 CASES: dict[str, list[Side]] = {
     "ppo-small": _ppo(SMALL, 64, 16, 32),
@@ -132,8 +135,15 @@ CASES: dict[str, list[Side]] = {
     # Where the vocabulary is most of a model, and where the layers are.
     "memory-small": _memory(SMALL | {"vocab_size": GPT2["vocab_size"]}),
     "memory-gpt2": _memory(GPT2),
+    # On a GPU.
+    "ppo-gpu": _ppo(GPT2 | {"device": "cuda"}, 512, 32, 64, alone=True),
+    "rollout-gpu": [
+        Side("ours: tokens, log-probs, values; bfloat16", _GPU | {"case": "rollout"}),
+        Side("transformers.generate: tokens; bfloat16", _GPU | {"case": "generate"}, TRL_PPO),
+    ],
     "rows": _growth([(16, 32), (64, 32), (256, 32)]),
     "tokens": _growth([(32, 16), (32, 64), (32, 256)]),
 }
-# TRL's side takes 18 GiB there: not unasked.
-ON_REQUEST = {"memory-gpt2"}
+GPU_CASES = {"ppo-gpu", "rollout-gpu"}
+# TRL's side of the first takes 18 GiB of memory: not unasked.
+ON_REQUEST = {"memory-gpt2"} | GPU_CASES

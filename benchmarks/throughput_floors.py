@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import math
 import statistics
-import time
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
@@ -16,6 +15,8 @@ from typing import Any
 import torch
 
 from rlhf_gym.lm.matmul import linear
+
+from .throughput_peers import now
 
 Shape = dict[str, Any]
 ITEM_SIZES = {"float32": 4, "bfloat16": 2}
@@ -25,16 +26,17 @@ DECODING = ("rollout", "generate", "steps")
 TRUNKS = {"trl-ppo": 2}
 
 
-def machine_rates(threads: int) -> dict[str, float]:
+def machine_rates(threads: int, device: str = "cpu") -> dict[str, float]:
     """Matrix products in GFLOP/s by precision, by the faster of PyTorch's two libraries, and a copy in GB/s."""
     torch.set_num_threads(threads)
     rates = {}
+    size = 2048 if device == "cpu" else 8192
     for dtype in (torch.float32, torch.bfloat16):
-        pair = [torch.randn(2048, 2048).to(dtype) for _ in range(2)]
+        pair = [torch.randn(size, size, device=device).to(dtype) for _ in range(2)]
         # MKL's float32 products reach half of what oneDNN's do on some processors: not a ceiling.
         seconds = min(_best(partial(product, *pair)) for product in (torch.matmul, linear))
-        rates[f"{str(dtype).removeprefix('torch.')} GFLOP/s"] = 2 * 2048**3 / seconds / 1e9
-    source, target = torch.ones(2**26), torch.empty(2**26)
+        rates[f"{str(dtype).removeprefix('torch.')} GFLOP/s"] = 2 * size**3 / seconds / 1e9
+    source, target = torch.ones(2**26, device=device), torch.empty(2**26, device=device)
     rates["copy GB/s"] = 2 * source.numel() * 4 / _best(lambda: target.copy_(source)) / 1e9
     return {name: round(rate, 1) for name, rate in rates.items()}
 
@@ -43,9 +45,9 @@ def _best(work: Callable[[], object], repeats: int = 5) -> float:
     work()
     times = []
     for _ in range(repeats):
-        start = time.perf_counter()
+        start = now()
         work()
-        times.append(time.perf_counter() - start)
+        times.append(now() - start)
     return min(times)
 
 

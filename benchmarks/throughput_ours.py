@@ -72,7 +72,7 @@ def rollout(case: dict[str, Any]) -> None:
     eos = sides.eos_token_ids(case)
     prompts = list(sides.prompts(case, case.get("prompts", case["rows"])))
     engine = make_engine(model, case["rows"], case["prompt_tokens"] + case["response_tokens"])
-    head = torch.nn.Linear(case["shape"]["width"], 1)
+    head = torch.nn.Linear(case["shape"]["width"], 1).to(model.device)
     generator = torch.Generator().manual_seed(2)
 
     def work() -> dict[str, Any]:

@@ -22,7 +22,7 @@ _answers = 1  # where answers go
 
 
 def gpt2(shape: dict[str, Any], kind: str = "LMHead") -> Any:
-    """A random model of the shape; the same seed gives the same weights everywhere."""
+    """A random model of the shape, on its ``device``; the same seed gives the same weights everywhere."""
     import torch
     import transformers
 
@@ -32,10 +32,9 @@ def gpt2(shape: dict[str, Any], kind: str = "LMHead") -> Any:
         activation_function=shape.get("activation", "gelu_new"),
     )  # fmt: skip
     torch.manual_seed(0)
-    if kind == "LMHead":
-        return transformers.GPT2LMHeadModel(config)
     config.num_labels = 1
-    return transformers.GPT2ForSequenceClassification(config)
+    made = transformers.GPT2LMHeadModel if kind == "LMHead" else transformers.GPT2ForSequenceClassification
+    return made(config).to(shape.get("device", "cpu"))
 
 
 def tokenizer(vocab_size: int) -> Any:
@@ -62,6 +61,14 @@ def text_lengths(completions: list[str], **_: Any) -> list[float]:
     return [float(len(text)) for text in completions]
 
 
+def now() -> float:
+    """Seconds of a clock, once a GPU in use has done all that it was asked for."""
+    torch = sys.modules.get("torch")
+    if torch is not None and torch.cuda.is_initialized():
+        torch.cuda.synchronize()
+    return time.perf_counter()
+
+
 class Phases:
     """Seconds that parts of the work take, measured around the functions that do them."""
 
@@ -74,10 +81,10 @@ class Phases:
         function = getattr(owner, attribute)
 
         def timed(*arguments: Any, **named: Any) -> Any:
-            start = time.perf_counter()
+            start = now()
             found = function(*arguments, **named)
             if when(*arguments):
-                self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - start
+                self.seconds[name] = self.seconds.get(name, 0.0) + now() - start
             return found
 
         setattr(owner, attribute, timed)
@@ -88,7 +95,7 @@ class Phases:
 
         def marked(*arguments: Any, **named: Any) -> Any:
             if self._last is None and when(*arguments):
-                self._last = (name, time.perf_counter())
+                self._last = (name, now())
             return function(*arguments, **named)
 
         setattr(owner, attribute, marked)
@@ -97,7 +104,7 @@ class Phases:
         """The seconds since the last time that they were taken."""
         found, self.seconds = self.seconds, {}
         if self._last is not None:
-            found[self._last[0]] = time.perf_counter() - self._last[1]
+            found[self._last[0]] = now() - self._last[1]
             self._last = None
         return found
 
@@ -183,7 +190,7 @@ def _turns(case: dict[str, Any], phases: Phases) -> Any:
         def wait(self) -> None:
             if not sys.stdin.readline():
                 os._exit(0)
-            self.started = time.perf_counter()
+            self.started = now()
 
         def on_train_begin(self, *args: Any, **kwargs: Any) -> None:
             say("ready")
@@ -191,7 +198,7 @@ def _turns(case: dict[str, Any], phases: Phases) -> Any:
 
         def on_step_end(self, *args: Any, **kwargs: Any) -> None:
             lengths = [case["response_tokens"]] * case["rows"]
-            tell(time.perf_counter() - self.started, lengths=lengths, phases=phases.take())
+            tell(now() - self.started, lengths=lengths, phases=phases.take())
             self.wait()
 
     return Turns()
@@ -213,11 +220,11 @@ def generate(case: dict[str, Any]) -> None:
 
     def work() -> dict[str, Any]:
         lengths: list[int] = []
-        for batch in asked.split(rows):
+        for batch in asked.to(model.device).split(rows):
             with torch.inference_mode():
                 out = model.generate(input_ids=batch, attention_mask=torch.ones_like(batch), generation_config=config)
             new = out[:, batch.shape[1] :]
-            ended = torch.isin(new, eos).cumsum(1).cumsum(1) > 1  # what stands after the first end
+            ended = torch.isin(new, eos.to(new)).cumsum(1).cumsum(1) > 1  # what stands after the first end
             lengths += (~ended).sum(1).tolist()
         return {"lengths": lengths}
 
@@ -233,9 +240,9 @@ def answer(work: Callable[[], dict[str, Any]]) -> None:
     """Does the work once for each line that comes."""
     say("ready")
     while sys.stdin.readline():
-        start = time.perf_counter()
+        start = now()
         found = work()
-        tell(time.perf_counter() - start, **found)
+        tell(now() - start, **found)
 
 
 def tell(seconds: float, **more: Any) -> None:
@@ -249,7 +256,11 @@ def tell(seconds: float, **more: Any) -> None:
 
 
 def peak_memory_mib() -> float:
-    """What Linux calls the high-water mark; elsewhere getrusage's, which on Linux would begin with the parent's."""
+    """Of a GPU in use what its tensors took; otherwise what Linux calls the high-water mark; elsewhere getrusage's, which
+    on Linux would begin with the parent's."""
+    torch = sys.modules.get("torch")
+    if torch is not None and torch.cuda.is_initialized():
+        return torch.cuda.max_memory_allocated() / 2**20
     try:
         with open("/proc/self/status") as file:
             return next(int(line.split()[1]) for line in file if line.startswith("VmHWM")) / 1024

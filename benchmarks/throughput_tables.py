@@ -44,6 +44,8 @@ _LINES = [
     Line("the same, ours in micro-batches of 16", "memory-small", 1, 3, "MiB"),
     Line("the same with GPT-2 small's shape", "memory-gpt2", 0, 3, "MiB"),
     Line("the same, ours in micro-batches of 16", "memory-gpt2", 1, 3, "MiB"),
+    Line("on a GPU: PPO of GPT-2 small's shape, 512 rows of 32 + 64; against TRL 1.12 as it ships", "ppo-gpu", 0, 3),
+    Line("rollout of the same, bfloat16, against `generate`", "rollout-gpu", 0, 1, "tokens/s"),
     Line("PPO's update, from 16 to 256 rows of 16 + 32", "rows", 0, 2, "growth"),
     Line("PPO's update, 32 rows, from 16 + 16 to 16 + 256", "tokens", 0, 2, "growth"),
 ]  # fmt: skip
