@@ -1,7 +1,7 @@
 """One training run in several processes: ``torchrun --nproc-per-node N -m rlhf_gym train ...``.
 
-Every process holds the whole model, the optimiser and an environment with all rows, so each knows every prompt, every
-random number and every minibatch. The work is shared: a process generates and scores the responses of its rows, and
+Every process holds the whole model, the optimiser (with ``fsdp`` its part of it, `sharding.py`) and an environment with
+all rows, so each knows every prompt, every random number and every minibatch. The work is shared: a process generates and scores the responses of its rows, and
 takes its part of each minibatch through the model; responses and gradients are then exchanged. What all end up with is
 the same in each of them, and the same as in a run of one process up to the order of sums.
 
@@ -62,7 +62,7 @@ def any_of(flag: bool) -> bool:
     """Whether it is true in some process. All must ask."""
     if size() == 1:
         return flag
-    flags = torch.tensor([float(flag)], device=_device())
+    flags = torch.tensor([float(flag)], device=device())
     dist.all_reduce(flags)
     return bool(flags > 0)
 
@@ -81,9 +81,13 @@ def add_up(tensors: Sequence[Tensor]) -> None:
 
 
 def add_up_gradients(parameters: Sequence[Tensor]) -> None:
-    """Replaces gradients by their sums over all processes, in place; where there is none it counts as 0."""
+    """Replaces gradients by their sums over all processes, in place; where there is none it counts as 0.
+
+    Those of parameters that are divided among the processes are sums already.
+    """
     if size() == 1:
         return
+    parameters = [parameter for parameter in parameters if not hasattr(parameter, "placements")]
     for parameter in parameters:
         if parameter.grad is None:
             parameter.grad = torch.zeros_like(parameter)
@@ -103,7 +107,7 @@ def add_up_numbers(numbers: dict[str, float]) -> dict[str, float]:
     """Sums over all processes of numbers that have the same names in each."""
     if size() == 1:
         return numbers
-    values = torch.tensor(list(numbers.values()), dtype=torch.float64, device=_device())
+    values = torch.tensor(list(numbers.values()), dtype=torch.float64, device=device())
     dist.all_reduce(values)
     return dict(zip(numbers, values.tolist(), strict=True))
 
@@ -145,10 +149,11 @@ def _gather(rows: Tensor, num_rows: int) -> Tensor:
 
 
 def _largest(number: int) -> int:
-    largest = torch.tensor([number], device=_device())
+    largest = torch.tensor([number], device=device())
     dist.all_reduce(largest, op=dist.ReduceOp.MAX)
     return int(largest)
 
 
-def _device() -> torch.device:
+def device() -> torch.device:
+    """Where messages live; on a GPU this process's own."""
     return torch.device("cuda" if dist.get_backend() == "nccl" else "cpu")

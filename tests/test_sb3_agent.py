@@ -130,10 +130,18 @@ def test_saved_agent_is_a_pretrained_directory(tmp_path):
         A2C.load(tmp_path / "agent", env=make_envs())
 
 
+class PassesOn(stable_baselines3.A2C):
+    """A subclass whose signature does not tell what it takes."""
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+
+
 @pytest.mark.filterwarnings("ignore:You have specified a mini-batch")
 def test_any_algorithm_by_its_class(tmp_path):
     agent = SB3Agent(make_envs(), algorithm=stable_baselines3.A2C, n_steps=8, vf_coef=0.1)
     assert agent.algorithm.gamma == 1 and agent.algorithm.vf_coef == 0.1
+    assert SB3Agent(make_envs(), algorithm=PassesOn, n_steps=8).algorithm.gamma == 1
     agent.learn(64).save(tmp_path / "agent")
     loaded = SB3Agent.load(tmp_path / "agent", env=make_envs(), algorithm=stable_baselines3.A2C)
     assert_equal_weights(weights(agent), weights(loaded))

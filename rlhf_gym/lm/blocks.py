@@ -9,6 +9,7 @@ at once.
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -70,8 +71,10 @@ def _llama_block(layer: nn.Module, x: Tensor, i: int, attend: Attend, cos: Tenso
 def _run(forward: Callable[..., Tensor], block: nn.Module, *arguments: Any) -> Tensor:
     """A block; where its gradient checkpointing is on, only what went in is kept for the backward pass."""
     if torch.is_grad_enabled() and block.gradient_checkpointing:
-        return checkpoint(forward, block, *arguments, use_reentrant=False, preserve_rng_state=False)
-    return forward(block, *arguments)
+        forward = partial(checkpoint, forward, use_reentrant=False, preserve_rng_state=False)
+    # Where the weights are divided among processes, a block's hooks gather them before it runs and free them after.
+    hooked = getattr(block, "run_hooked", None)
+    return forward(block, *arguments) if hooked is None else hooked(forward, block, *arguments)
 
 
 _TRUNKS = {
@@ -88,9 +91,10 @@ def is_known(model: PreTrainedModel) -> bool:
     if type(model).__name__ not in _TRUNKS or getattr(model.config, "add_cross_attention", False):
         return False
     return all(
-        type(module).__module__.startswith(("transformers.", "torch.nn."))
+        type(module).__module__.startswith(("transformers.", "torch.nn.", "torch.distributed.fsdp."))
         and not (isinstance(module, nn.Linear) and type(module) is not nn.Linear)
-        and not (module._forward_hooks or module._forward_pre_hooks)
+        # Of FSDP, which swaps the class of a block, there is one of each.
+        and max(len(module._forward_hooks), len(module._forward_pre_hooks)) <= hasattr(module, "unshard")
         for module in model.modules()
     )
 

@@ -99,7 +99,7 @@ class MasterWeights:
                 gradients are forgotten.
         """
         self.accumulate()
-        norm = nn.utils.clip_grad_norm_(self.masters, max_grad_norm)
+        norm = self._clip(max_grad_norm)
         if not bool(norm.isfinite()):
             self.zero_grad()
             raise ValueError(
@@ -110,6 +110,9 @@ class MasterWeights:
         self.copy_to_parameters()
         self.zero_grad()
         return norm
+
+    def _clip(self, max_grad_norm: float) -> Tensor:
+        return nn.utils.clip_grad_norm_(self.masters, max_grad_norm)
 
     @torch.no_grad()
     def copy_to_parameters(self) -> None:
@@ -134,6 +137,14 @@ class MasterWeights:
                 parameter.data = data
             self.copy_to_parameters()
 
+    def weights(self, module: nn.Module) -> dict[str, Tensor]:
+        """The state of a part of the model, to be saved; inside of `master_precision` without rounding."""
+        return module.state_dict()
+
+    def load_weights(self, module: nn.Module, weights: dict[str, Tensor]) -> None:
+        """Replace the state of a part of the model. The masters follow with `load_state_dict`."""
+        module.load_state_dict(weights)
+
     def state_dict(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """What is needed to go on bit for bit, besides the parameters themselves.
 
@@ -143,16 +154,12 @@ class MasterWeights:
             settings and those of its states that are no tensors.
         """
         optimizer = self.optimizer.state_dict()
-        tensors = {
-            f"master.{i}": master.detach().clone()
-            for i, (parameter, master) in enumerate(zip(self.parameters, self.masters, strict=True))
-            if master is not parameter
-        }
+        tensors = {f"master.{i}": self._saved(master) for i, master in self._own_masters().items()}
         scalars: dict[str, Any] = {"param_groups": optimizer["param_groups"], "state": {}}
         for index, state in optimizer["state"].items():
             for name, value in state.items():
                 if isinstance(value, Tensor):
-                    tensors[f"optimizer.{index}.{name}"] = value.detach().clone().contiguous()
+                    tensors[f"optimizer.{index}.{name}"] = self._saved(value)
                 else:
                     scalars["state"].setdefault(str(index), {})[name] = value
         return tensors, scalars
@@ -168,7 +175,7 @@ class MasterWeights:
             ValueError: If the state is of another model: masters missing, too many, or of another shape. Nothing has
                 been changed then.
         """
-        own = {f"master.{i}": m for i, m in enumerate(self.masters) if m is not self.parameters[i]}
+        own = {f"master.{i}": master for i, master in self._own_masters().items()}
         saved = {name: tensor for name, tensor in tensors.items() if name.startswith("master.")}
         if {n: t.shape for n, t in own.items()} != {n: t.shape for n, t in saved.items()}:
             raise ValueError(
@@ -187,13 +194,24 @@ class MasterWeights:
                     f"The saved optimiser state does not fit this model: {key} has shape {tuple(tensor.shape)}. "
                     "Was it saved for another model?"
                 )
-            # The optimiser keeps and changes what it is given, and that is the caller's.
-            state.setdefault(index, {})[name] = tensor.clone()
+            state.setdefault(index, {})[name] = self._held(tensor, held[index])
         self.optimizer.load_state_dict({"state": state, "param_groups": scalars["param_groups"]})
         with torch.no_grad():
             for name, master in own.items():
-                master.copy_(saved[name])
+                master.copy_(self._held(saved[name], master))
         self.copy_to_parameters()
+
+    def _own_masters(self) -> dict[int, Tensor]:
+        """The masters that are not the parameters themselves, by their number."""
+        return {i: master for i, master in enumerate(self.masters) if master is not self.parameters[i]}
+
+    def _saved(self, tensor: Tensor) -> Tensor:
+        """A copy of a master or of an optimiser's tensor, for a file."""
+        return tensor.detach().clone().contiguous()
+
+    def _held(self, tensor: Tensor, like: Tensor) -> Tensor:
+        """A tensor of a file as the optimiser holds it beside ``like``: a copy, since it is the caller's."""
+        return tensor.clone()
 
 
 def compute_dtype(name: str, device: torch.device) -> torch.dtype:
