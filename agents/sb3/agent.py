@@ -118,7 +118,7 @@ class SB3Agent:
         venv = self.make_venv()
         self.complete(arguments, venv)
         # Of a subclass that passes its arguments on, the class that takes them says what there is.
-        if any("gamma" in inspect.signature(each.__init__).parameters for each in algorithm.__mro__):
+        if any("gamma" in inspect.signature(each).parameters for each in algorithm.__mro__):
             arguments.setdefault("gamma", 1.0)
         with own_generators(None):
             self.algorithm = algorithm(
