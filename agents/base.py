@@ -74,6 +74,7 @@ class Agent:
             raise ValueError(f"envs must have Dict observations with input_ids and attention_mask, got {space}")
         base = envs.unwrapped
         self.lora_rank = getattr(self.config, "lora_rank", None)
+        self.is_divided = getattr(self.config, "fsdp", False)
         if self.lora_rank is None:
             model, self.tokenizer = make_policy_model(base, policy)
         else:
@@ -85,15 +86,24 @@ class Agent:
         dtype = compute_dtype(cfg.dtype, next(model.parameters()).device)
         critic = getattr(cfg, "critic", "none")
         if self.lora_rank is None:
-            model = model.float()
+            # Its float32 weights go to the device in parts where they are to be divided.
+            model = (model.cpu() if self.is_divided else model).float()
         else:
             dtype = next(model.parameters()).dtype  # these are the reference's weights: they stay as they are
             if critic == "separate":
                 raise ValueError('critic must be "shared" or "none" with lora_rank: the adapter\'s base is not copied')
         if getattr(cfg, "gradient_checkpointing", False):
             checkpoint_blocks(model)
+        if self.is_divided:
+            from . import sharding  # not every build of PyTorch has what it needs
+
+            sharding.check_can_divide(model, cfg)
         self.policy = Policy(model, critic=critic, token_filter=token_filter_of(envs))
-        self.optimizer = MasterWeights(self.policy.parameters(), self.make_optimizer, compute_dtype=dtype)
+        self.optimizer = (
+            sharding.ShardedWeights(self.policy, self.make_optimizer, compute_dtype=dtype)
+            if self.is_divided
+            else MasterWeights(self.policy.parameters(), self.make_optimizer, compute_dtype=dtype)
+        )
         self.generator = torch.Generator().manual_seed(seed)
         self._predict_generator = torch.Generator().manual_seed(seed)
         self.collector = Collector(
@@ -197,6 +207,7 @@ class Agent:
                 progress.start_update()
                 self.optimizer.zero_grad()  # an update that was interrupted half-way may have left some
                 metrics = self.update(rollout)
+                self.optimizer.gather()
                 # Counted when they have been learnt from: schedules begin at 1, and an interrupted update is made
                 # again.
                 self.num_timesteps += rollout.num_tokens
@@ -282,48 +293,56 @@ class Agent:
     def save(self, directory: str | Path) -> None:
         """Write a directory that ``AutoModelForCausalLM.from_pretrained`` loads, with all that ``load`` needs to go on.
 
-        Of a policy with an adapter it holds that alone, and `load_language_model` puts it into its base. The directory appears whole or not at all, whenever the process dies; one that was there before is replaced.
+        Of a policy with an adapter it holds that alone, and `load_language_model` puts it into its base. The directory
+        appears whole or not at all, whenever the process dies; one that was there before is replaced. With ``fsdp`` all
+        processes have to call it: the first collects their parts in its host's memory, and writes.
         """
-        with replaced_directory(directory) as folder, self.optimizer.master_precision(), no_loading_bars():
-            if self.lora_rank is None:
-                self.policy.model.save_pretrained(folder)
-            else:
-                save_lora(self.policy.model, folder)
-            for name, model in self._other_models().items():
-                model.save_pretrained(folder / name)
-            if self.tokenizer is not None:
-                self.tokenizer.save_pretrained(folder)
-            if self.policy.value_head is not None:
-                head = {k: v.contiguous() for k, v in self.policy.value_head.state_dict().items()}
-                save_file(head, folder / "value_head.safetensors")
+        with self.optimizer.master_precision(), no_loading_bars():
+            weights = self.optimizer.weights(self.policy.model)
+            head = self.optimizer.weights(self.policy.value_head) if self.policy.value_head is not None else {}
             tensors, scalars = self.optimizer.state_dict()
-            generators = {
-                "generator": self.generator.get_state(),
-                "predict_generator": self._predict_generator.get_state(),
-            }
-            save_file(
-                {k: v.contiguous() for k, v in tensors.items()} | generators, folder / "trainer_state.safetensors"
-            )
-            base = self.envs.unwrapped
-            state = {
-                "agent": type(self).__name__,
-                "version": __version__,
-                "config": dataclasses.asdict(self.config),
-                "seed": self.seed,
-                "audit_interval": self.audit_interval,
-                "num_timesteps": self.num_timesteps,
-                "num_updates": self.num_updates,
-                "state": self.state,
-                "base": None if self.lora_rank is None else base_fingerprint(self.policy.model),
-                "optimizer": scalars,
-                "kl_controller": self.kl_controller.state_dict() if self.kl_controller else None,
-                "prompt_order": base.prompt_order_state() if hasattr(base, "prompt_order_state") else None,
-            }
-            (folder / "trainer_state.json").write_text(json.dumps(state, indent=1))
+            if self.is_divided and parallel.rank() > 0:
+                return
+            with replaced_directory(directory) as folder:
+                if self.lora_rank is None:
+                    self.policy.model.save_pretrained(folder, state_dict=weights)
+                else:
+                    save_lora(self.policy.model, folder)
+                for name, model in self._other_models().items():
+                    model.save_pretrained(folder / name)
+                if self.tokenizer is not None:
+                    self.tokenizer.save_pretrained(folder)
+                if head:
+                    save_file({k: v.contiguous() for k, v in head.items()}, folder / "value_head.safetensors")
+                generators = {
+                    "generator": self.generator.get_state(),
+                    "predict_generator": self._predict_generator.get_state(),
+                }
+                save_file(tensors | generators, folder / "trainer_state.safetensors")
+                base = self.envs.unwrapped
+                state = {
+                    "agent": type(self).__name__,
+                    "version": __version__,
+                    "config": dataclasses.asdict(self.config),
+                    "seed": self.seed,
+                    "audit_interval": self.audit_interval,
+                    "num_timesteps": self.num_timesteps,
+                    "num_updates": self.num_updates,
+                    "state": self.state,
+                    "base": None if self.lora_rank is None else base_fingerprint(self.policy.model),
+                    "optimizer": scalars,
+                    "kl_controller": self.kl_controller.state_dict() if self.kl_controller else None,
+                    "prompt_order": base.prompt_order_state() if hasattr(base, "prompt_order_state") else None,
+                }
+                (folder / "trainer_state.json").write_text(json.dumps(state, indent=1))
 
     @classmethod
-    def load(cls, directory: str | Path, env: VectorEnv) -> Agent:
+    def load(cls, directory: str | Path, env: VectorEnv, *, fsdp: bool = False) -> Agent:
         """The agent that ``save`` wrote, ready to act in ``env`` and to go on learning.
+
+        Args:
+            directory, env: Where it is, and what it acts in.
+            fsdp: Whether the processes of this run divide it, whatever those of the saved one did.
 
         Raises:
             FileNotFoundError: If there is no saved agent.
@@ -336,7 +355,8 @@ class Agent:
         with no_loading_bars():
             interval = state.get("audit_interval", 10)  # older agents have none
             policy = None if state.get("base") else str(folder)
-            agent = cls(env, policy=policy, seed=state["seed"], audit_interval=interval, **state["config"])
+            config = state["config"] | ({"fsdp": fsdp} if fsdp or state["config"].get("fsdp") else {})
+            agent = cls(env, policy=policy, seed=state["seed"], audit_interval=interval, **config)
         if state.get("base"):
             if base_fingerprint(agent.policy.model) != state["base"]:
                 raise ValueError(
@@ -348,7 +368,7 @@ class Agent:
             saved = load_language_model(path, agent.tokenizer, device=agent.policy.device, dtype="float32")
             model.load_state_dict(saved.model.state_dict())
         if agent.policy.value_head is not None:
-            agent.policy.value_head.load_state_dict(load_file(folder / "value_head.safetensors"))
+            agent.optimizer.load_weights(agent.policy.value_head, load_file(folder / "value_head.safetensors"))
         tensors = load_file(folder / "trainer_state.safetensors")
         agent.num_timesteps, agent.num_updates = state["num_timesteps"], state["num_updates"]
         agent.generator.set_state(tensors.pop("generator"))

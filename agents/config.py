@@ -54,6 +54,9 @@ class AgentConfig:
             whose weights it shares and whose precision it has. None: all weights are trained.
         gradient_checkpointing: Keep only the input of each block for the backward pass and compute the rest twice: a
             third more operations, and memory that hardly grows with the number of blocks. GPT-2 and Llama shapes.
+        fsdp: Divide float32 weights, gradients and Adam's moments among the processes of a run, see `sharding.py`; the
+            whole model has to fit on each device once more than the reference, in ``dtype``. All agents that take gradient
+            steps, but NLPO. How a run is divided is no part of the saved agent.
     """
 
     learning_rate: float = 1e-4
@@ -68,6 +71,7 @@ class AgentConfig:
     dtype: str = "auto"
     lora_rank: int | None = None
     gradient_checkpointing: bool = False
+    fsdp: bool = False
 
     def __post_init__(self) -> None:
         check_fields(
@@ -77,7 +81,7 @@ class AgentConfig:
                 "lr_schedule": one_of("linear", "constant"),
                 "num_rounds num_epochs num_minibatches": COUNT,
                 "micro_batch_size lora_rank": COUNT_OR_NONE,
-                "gradient_checkpointing": flag(),
+                "gradient_checkpointing fsdp": flag(),
                 "max_grad_norm kl_horizon": POSITIVE,
                 "ref_kl_target": POSITIVE_OR_NONE,
             },

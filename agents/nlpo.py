@@ -95,6 +95,10 @@ class NLPO(PPO):
             )
         if cfg.lora_rank is not None:
             raise ValueError("lora_rank must be None: NLPO's mask is a copy of the whole policy")
+        if cfg.fsdp:
+            raise ValueError(
+                "fsdp must be False: NLPO's mask is a copy of the whole policy; take ppo, or leave fsdp out"
+            )
         policy.token_filter = replace(policy.token_filter, top_p=cfg.mask_top_p, top_k=cfg.mask_top_k)
         policy.mask_model = copy.deepcopy(policy.model).requires_grad_(False)
 

@@ -1,9 +1,10 @@
 """One training run in several processes: ``torchrun --nproc-per-node N -m rlhf_gym train ...``.
 
-Every process holds the whole model, the optimiser (with ``fsdp`` its part of it, `sharding.py`) and an environment with
-all rows, so each knows every prompt, every random number and every minibatch. The work is shared: a process generates and scores the responses of its rows, and
-takes its part of each minibatch through the model; responses and gradients are then exchanged. What all end up with is
-the same in each of them, and the same as in a run of one process up to the order of sums.
+Every process holds the whole model, the optimiser (with ``fsdp`` a part of it, see `sharding.py`) and an environment
+with all rows, so each knows every prompt, every random number and every minibatch. The work is shared: a process
+generates and scores the responses of its rows, and takes its part of each minibatch through the model; responses and
+gradients are then exchanged. What all end up with is the same in each of them, and the same as in a run of one process
+up to the order of sums.
 
 Outside of ``torchrun`` there is one process and nothing here does anything.
 """

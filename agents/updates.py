@@ -49,6 +49,7 @@ def optimise(
     for group in agent.optimizer.optimizer.param_groups:
         group["lr"] = group["initial_lr"] * remaining
 
+    agent.optimizer.divide()
     stats: dict[str, list[float]] = defaultdict(list)
     num_steps = 0
     for rows in _minibatches(agent, batch):
@@ -74,8 +75,7 @@ def accumulate_gradients(
     size = agent.config.micro_batch_size or len(rows)
     group_size = getattr(agent.config, "group_size", 1)
     total: dict[str, float] = defaultdict(float)
-    mine, weight = _my_share(rows, group_size)
-    for part_rows in mine.split(max(group_size, size - size % group_size)):
+    for part_rows, weight in _my_share(rows, group_size, max(group_size, size - size % group_size)):
         part = batch.rows(part_rows)
         parts, stats = loss(part, normaliser)
         (weight * parts["loss"]).backward()
@@ -89,13 +89,17 @@ def accumulate_gradients(
     return parallel.add_up_numbers(dict(total))
 
 
-def _my_share(rows: Tensor, group_size: int) -> tuple[Tensor, float]:
-    """The rows that this process takes through the model, and what they count: 0 where there are too few for all."""
-    if parallel.size() == 1:
-        return rows, 1.0
+def _my_share(rows: Tensor, group_size: int, most: int) -> list[tuple[Tensor, float]]:
+    """What this process takes through the model: up to ``most`` rows at a time, and what these count.
+
+    That is as many times in each process, since where the weights are divided all gather them together: who has fewer
+    rows takes some that count 0.
+    """
     groups = rows.view(-1, group_size)
-    mine = groups[parallel.rank() :: parallel.size()]
-    return (mine.flatten(), 1.0) if len(mine) else (groups[0], 0.0)
+    mine = groups[parallel.rank() :: parallel.size()].flatten()
+    parts = [(part, 1.0) for part in mine.split(most) if len(part)]
+    num_parts = -(-parallel.share(len(groups)) * group_size // most)
+    return parts + [(groups[0], 0.0)] * (num_parts - len(parts))
 
 
 def _minibatches(agent: Agent, batch: Batch) -> Iterator[Tensor]:

@@ -47,7 +47,9 @@ OWN_NAMES = (
     ".merged.new-*",
 )
 # Options that may differ between a run and its resumption.
-FREE_ON_RESUME = frozenset({"total_timesteps", "out", "overwrite", "resume", "progress_bar", "checkpoint_every"})
+FREE_ON_RESUME = frozenset(
+    {"total_timesteps", "out", "overwrite", "resume", "progress_bar", "checkpoint_every", "fsdp"}
+)
 
 
 class RunDirectory:
@@ -140,26 +142,36 @@ class RunDirectory:
 
     def checkpoint(self, every: int) -> Callable[[Any, Mapping[str, float]], None]:
         """A callback that saves the agent to ``model/`` at each ``every``-th update, as `save` does."""
-        counter = itertools.count(1)
-
-        def save(agent: Any, metrics: Mapping[str, float]) -> None:
-            if next(counter) % every == 0:
-                self.save(agent)
-
-        return save
+        return checkpoint(self.model, every)
 
     def save(self, agent: Any) -> None:
-        """Save the agent to ``model/``.
+        """Save the agent to ``model/``, see `save_agent`."""
+        save_agent(agent, self.model)
 
-        Raises:
-            ValueError: If the weights of its model are broken; what is there stays.
-        """
-        if not all(bool(weight.isfinite().all()) for weight in agent.policy_model.parameters()):
-            kept = f"{self.model} keeps the last checkpoint" if self.model.exists() else "there is no checkpoint"
-            raise ValueError(
-                f"the model at {agent.num_timesteps} tokens has weights that are NaN or infinite and is not saved; {kept}"
-            )
-        agent.save(self.model)
+
+def checkpoint(directory: Path, every: int) -> Callable[[Any, Mapping[str, float]], None]:
+    """A callback that saves an agent at each ``every``-th update, as `save_agent` does."""
+    counter = itertools.count(1)
+
+    def save(agent: Any, metrics: Mapping[str, float]) -> None:
+        if next(counter) % every == 0:
+            save_agent(agent, directory)
+
+    return save
+
+
+def save_agent(agent: Any, directory: Path) -> None:
+    """Save an agent.
+
+    Raises:
+        ValueError: If the weights of its model are broken; what is there stays.
+    """
+    if not all(bool(weight.isfinite().all()) for weight in agent.policy_model.parameters()):
+        kept = f"{directory} keeps the last checkpoint" if directory.exists() else "there is no checkpoint"
+        raise ValueError(
+            f"the model at {agent.num_timesteps} tokens has weights that are NaN or infinite and is not saved; {kept}"
+        )
+    agent.save(directory)
 
 
 class MetricsWriter:

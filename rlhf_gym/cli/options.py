@@ -68,6 +68,8 @@ class Train(TaskOptions):
     """The agent's own when left out."""
     lora: int | None = None
     """Train a LoRA adapter of this rank and not the model; with the adapter off the policy is the reference."""
+    fsdp: bool = False
+    """Divide the training state among the processes that torchrun has started, for models that do not fit otherwise."""
     config: tuple[str, ...] = ()
     """Further settings of the agent as name=value, for instance num_epochs=4 vf_coef=0.1."""
     out: str

@@ -6,6 +6,7 @@ import math
 import signal
 import sys
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from rlhf_gym.cli.tables import print_comparison
 from rlhf_gym.evaluation import evaluate, evaluation_process
 from rlhf_gym.plots import plot_run
 from rlhf_gym.report import model_card
-from rlhf_gym.runs import MetricsWriter, RunDirectory, read_metrics
+from rlhf_gym.runs import MetricsWriter, RunDirectory, checkpoint, read_metrics, save_agent
 
 
 def run(options: Train) -> int:
@@ -33,6 +34,8 @@ def run(options: Train) -> int:
         config["learning_rate"] = options.learning_rate
     if options.lora is not None:
         config["lora_rank"] = options.lora
+    if options.fsdp:
+        config["fsdp"] = True
     mixed = mixed_prompts(options, options.mix)
     envs = make_envs(options, num_envs=options.num_envs, prompts=mixed, kl_coef=options.kl_coef)
     eval_prompts = options.eval_prompts if mixed is None else options.eval_prompts or options.prompts
@@ -40,13 +43,15 @@ def run(options: Train) -> int:
     agent = make_agent(envs, seed=options.seed, **config)
     if parallel.size() > 1 and not hasattr(agent, "collector"):
         raise ValueError(f"--agent {options.agent} runs in one process; leave torchrun out, or take ppo")
+    # How a run is divided is no part of its checkpoint.
+    load = partial(make_agent.load, env=envs, **({"fsdp": True} if config.get("fsdp") else {}))
     if parallel.rank() > 0:
-        return help_training(agent, make_agent, envs, options)
+        return help_training(agent, load, options)
     run_directory = RunDirectory(options.out, as_dict(options), overwrite=options.overwrite, resume=options.resume)
     if options.resume and not run_directory.has_checkpoint:
         print(f"there is no checkpoint in {run_directory.path} to go on from; starting from the beginning", flush=True)
     if parallel.any_of(run_directory.has_checkpoint):
-        agent = make_agent.load(run_directory.model, env=envs)
+        agent = load(run_directory.model)
         print(f"going on from {agent.num_timesteps} tokens", flush=True)
 
     # The same episodes and random numbers before and after, so that their difference is less noisy.
@@ -68,14 +73,21 @@ def run(options: Train) -> int:
     return 0
 
 
-def help_training(agent: Any, make_agent: Any, envs: Any, options: Train) -> int:
+def help_training(agent: Any, load: Callable[[Path], Any], options: Train) -> int:
     """What every process but the first does: it trains with the others and leaves the rest to the first."""
     from rlhf_gym.agents import parallel
 
+    model = Path(options.out).expanduser() / "model"
     if parallel.any_of(False):  # the first has found a checkpoint
-        agent = make_agent.load(Path(options.out).expanduser() / "model", env=envs)
+        agent = load(model)
     with stop_on_signal() as stop:
-        agent.learn(options.total_timesteps, callback=stop)
+        # The first saves alone what it holds alone.
+        agent.learn(
+            options.total_timesteps,
+            callback=[checkpoint(model, options.checkpoint_every), stop] if agent.is_divided else stop,
+        )
+        if agent.is_divided:
+            save_agent(agent, model)
     return 0 if stop.signal is None else 128 + stop.signal
 
 
@@ -105,8 +117,9 @@ def train_agent(
             callbacks += [print_metrics or print_update] if progress_bar and not drawn else []
             agent.learn(duration, callback=callbacks, progress_bar=drawn)
         except Exception as error:
-            # A reward that fails after an hour must not cost the hour.
-            if agent.num_timesteps == 0:
+            # A reward that fails after an hour must not cost the hour. But parts that other processes hold are out of reach
+            # then, since they may be waiting elsewhere: the last checkpoint is what is left.
+            if agent.num_timesteps == 0 or getattr(agent, "is_divided", False):
                 raise
             try:
                 run_directory.save(agent)

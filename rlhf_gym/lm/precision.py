@@ -137,6 +137,12 @@ class MasterWeights:
                 parameter.data = data
             self.copy_to_parameters()
 
+    def divide(self) -> None:
+        """Called before an update, for those who divide the parameters among processes: here each has all of them."""
+
+    def gather(self) -> None:
+        """Called after an update, which leaves them divided."""
+
     def weights(self, module: nn.Module) -> dict[str, Tensor]:
         """The state of a part of the model, to be saved; inside of `master_precision` without rounding."""
         return module.state_dict()
