@@ -91,7 +91,10 @@ class RaggedKV(ModelEngine):
         # A row that does not move must not be changed either: it writes into the spare column.
         slots = torch.where(active, n, self.max_tokens)
         # On a CPU the columns that no active row has reached are left out; a GPU would have to be waited for.
-        width = longest or (int((n * active).max()) + 1 if self.device.type == "cpu" else self._num_columns)
+        on_cpu = self.device.type == "cpu"
+        width = longest or (int((n * active).max()) + 1 if on_cpu else self._num_columns)
+        if on_cpu and self.model.dtype == torch.bfloat16 and 2 * width > self._num_columns:
+            width = self._num_columns  # its matrix products copy what is no whole tensor
         return n.clamp(max=self.max_tokens - 1), slots, width
 
     def _masks(self, positions: Tensor, width: int) -> Tensor | dict[str, Tensor]:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from .engine import Engine
 from .forward import pad_sequences
-from .on_device import DeviceLoop, run
+from .on_device import REFILLS_PER_TURN, DeviceLoop, run
 from .sampling import TokenFilter, sample_tokens
 
 
@@ -90,8 +90,9 @@ def generate(
     step = torch.zeros(num_rows, dtype=torch.long, device=device)  # tokens of its response so far
     num_started = 0
     while True:
-        idle = (episode < 0).nonzero()[:, 0][: num_episodes - num_started]
-        if len(idle):
+        idle = (episode < 0).nonzero()[:, 0]
+        if num_started < num_episodes and len(idle) * REFILLS_PER_TURN >= num_rows:
+            idle = idle[: num_episodes - num_started]
             for each in engines:
                 _prefill(each, idle, prompts[num_started : num_started + len(idle)])
             episode[idle] = torch.arange(num_started, num_started + len(idle), device=device)

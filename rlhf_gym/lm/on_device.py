@@ -17,8 +17,8 @@ from .engine import Engine
 from .forward import pad_sequences
 from .sampling import TokenFilter, choose_tokens
 
-# Rows are filled again when there are num_rows / this of them: a forward of one prompt reads all weights as well.
-REFILLS_PER_TURN = 32
+# Rows are filled again when there are num_rows / this of them: a forward of one prompt takes nearly as long as of eight.
+REFILLS_PER_TURN = 8
 
 
 class DeviceLoop:
@@ -138,7 +138,7 @@ def run(loop: DeviceLoop, lengths: Sequence[int], progress: Callable[[int], obje
     turn = 0
     while True:
         idle = [row for row in range(num_rows) if held[row] == 0]
-        if started < num_episodes and (len(idle) == num_rows or REFILLS_PER_TURN * len(idle) >= num_rows):
+        if started < num_episodes and len(idle) * REFILLS_PER_TURN >= num_rows:
             rows = idle[: num_episodes - started]
             episodes = range(started, started + len(rows))
             loop.fill(rows, episodes, max(lengths[episode] for episode in episodes))
