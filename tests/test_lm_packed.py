@@ -116,12 +116,15 @@ def test_attention_dropout_is_left_to_the_model():
 @pytest.mark.parametrize("most_scores", [512, 0], ids=["two products", "fused"])
 @pytest.mark.parametrize("window", [None, 3])
 @pytest.mark.parametrize("key_heads", [4, 2, 1])
-def test_attention_in_bfloat16_is_attention(key_heads, window, most_scores, monkeypatch):
+@pytest.mark.parametrize("num_rows", [1, 3])
+def test_attention_in_bfloat16_is_attention(num_rows, key_heads, window, most_scores, monkeypatch):
     """Values and gradients against the formula in float64, of queries that share keys, with and without a window."""
     monkeypatch.setattr(packed, "MOST_SCORES_PER_QUERY", most_scores)
     generator = torch.Generator().manual_seed(0)
     q, k, v, weights = (
-        torch.randn(3, heads, 7, 8, generator=generator).bfloat16() for heads in (4, key_heads, key_heads, 4)
+        # Laid out as projections give it: a single row's heads lie between each other's tokens.
+        torch.randn(num_rows, 7, heads, 8, generator=generator).bfloat16().transpose(1, 2)
+        for heads in (4, key_heads, key_heads, 4)
     )
     distance = torch.arange(7)[:, None] - torch.arange(7)
     seen = (distance >= 0) & (distance < (window or 7))

@@ -122,6 +122,6 @@ def _bfloat16_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, sc
     bias = torch.zeros(mask.shape, dtype=q.dtype).masked_fill_(~mask, torch.finfo(q.dtype).min)
     groups = heads // k.shape[1]  # query heads that share a key head are rows of one product
     q, k, v = (part.reshape(-1, part.shape[2], d) for part in (q, k, v))
-    q = q.view(len(k), groups * width, d)
+    q = q.reshape(len(k), groups * width, d)
     scores = torch.baddbmm(bias.repeat(groups, 1), q, k.transpose(1, 2), alpha=scale)
     return torch.bmm(scores.softmax(-1), v).view(num_rows, heads, width, d)
