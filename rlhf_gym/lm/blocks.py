@@ -117,6 +117,8 @@ def checkpoint_blocks(model: PreTrainedModel) -> None:
             f"lora_rank none is); got {type(model).__name__}. A smaller micro_batch_size saves memory as well"
         )
     getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)()
+    # With it comes a hook on the embeddings, for reentrant checkpoints, which ours are not; it would turn our blocks off.
+    model.disable_input_require_grads()
 
 
 def attention_windows(config) -> dict[str, int | None]:
