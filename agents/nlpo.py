@@ -69,6 +69,8 @@ class NLPOConfig(PPOConfig):
         )
         if self.mask_top_p is None and self.mask_top_k is None:
             raise ValueError("mask_top_p or mask_top_k must be given, got None for both; without a mask it is PPO")
+        if self.fsdp:
+            raise ValueError("fsdp must be False for NLPO, whose mask is a whole copy of the policy; leave it out")
 
 
 class NLPO(PPO):
@@ -95,10 +97,6 @@ class NLPO(PPO):
             )
         if cfg.lora_rank is not None:
             raise ValueError("lora_rank must be None: NLPO's mask is a copy of the whole policy")
-        if cfg.fsdp:
-            raise ValueError(
-                "fsdp must be False: NLPO's mask is a copy of the whole policy; take ppo, or leave fsdp out"
-            )
         policy.token_filter = replace(policy.token_filter, top_p=cfg.mask_top_p, top_k=cfg.mask_top_k)
         policy.mask_model = copy.deepcopy(policy.model).requires_grad_(False)
 

@@ -16,6 +16,7 @@ from rlhf_gym.cli.setup import agent_class, make_envs, mixed_prompts, model_sour
 from rlhf_gym.cli.signals import StopRequest, stop_on_signal
 from rlhf_gym.cli.tables import print_comparison
 from rlhf_gym.evaluation import evaluate, evaluation_process
+from rlhf_gym.memory import give_back_freed_memory
 from rlhf_gym.plots import plot_run
 from rlhf_gym.report import model_card
 from rlhf_gym.runs import MetricsWriter, RunDirectory, checkpoint, read_metrics, save_agent
@@ -36,6 +37,7 @@ def run(options: Train) -> int:
         config["lora_rank"] = options.lora
     if options.fsdp:
         config["fsdp"] = True
+        give_back_freed_memory()  # what has been gathered and freed would be held all the same
     mixed = mixed_prompts(options, options.mix)
     envs = make_envs(options, num_envs=options.num_envs, prompts=mixed, kl_coef=options.kl_coef)
     eval_prompts = options.eval_prompts if mixed is None else options.eval_prompts or options.prompts
