@@ -37,6 +37,7 @@ def run(options: Train) -> int:
         config["lora_rank"] = options.lora
     if options.fsdp:
         config["fsdp"] = True
+    if config.get("fsdp"):
         give_back_freed_memory()  # what has been gathered and freed would be held all the same
     mixed = mixed_prompts(options, options.mix)
     envs = make_envs(options, num_envs=options.num_envs, prompts=mixed, kl_coef=options.kl_coef)
