@@ -85,6 +85,10 @@ class Agent:
         cfg = self.config
         dtype = compute_dtype(cfg.dtype, next(model.parameters()).device)
         critic = getattr(cfg, "critic", "none")
+        if self.is_divided:
+            from . import sharding  # not every build of PyTorch has what it needs
+
+            sharding.check_can_divide(model, cfg)
         if self.lora_rank is None:
             # Its float32 weights go to the device in parts where they are to be divided.
             model = (model.cpu() if self.is_divided else model).float()
@@ -94,10 +98,6 @@ class Agent:
                 raise ValueError('critic must be "shared" or "none" with lora_rank: the adapter\'s base is not copied')
         if getattr(cfg, "gradient_checkpointing", False):
             checkpoint_blocks(model)
-        if self.is_divided:
-            from . import sharding  # not every build of PyTorch has what it needs
-
-            sharding.check_can_divide(model, cfg)
         self.policy = Policy(model, critic=critic, token_filter=token_filter_of(envs))
         self.optimizer = (
             sharding.ShardedWeights(self.policy, self.make_optimizer, compute_dtype=dtype)

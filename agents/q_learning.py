@@ -173,9 +173,9 @@ class QLearning(Agent):
         super().save(directory)
 
     @classmethod
-    def load(cls, directory: str | Path, env: VectorEnv) -> QLearning:
+    def load(cls, directory: str | Path, env: VectorEnv, *, fsdp: bool = False) -> QLearning:
         """As :meth:`~rlhf_gym.agents.base.Agent.load`."""
-        agent: Any = super().load(directory, env)
+        agent: Any = super().load(directory, env, fsdp=fsdp)
         agent.q_values = np.array(agent.state["q_values"], dtype=np.float64)
         agent.num_visits = np.array(agent.state["num_visits"], dtype=np.int64)
         agent._follow(0.0)

@@ -14,6 +14,7 @@ import json
 from pathlib import Path
 
 import gymnasium as gym
+import torch
 
 import rlhf_gym  # noqa: F401 - registers the environments
 from rlhf_gym.agents import PPO, parallel
@@ -74,6 +75,8 @@ def _peak_since() -> float:
     """MiB at most since the last call."""
     peak = peak_memory_mib()
     Path("/proc/self/clear_refs").write_text("5")
+    if torch.cuda.is_initialized():
+        torch.cuda.reset_peak_memory_stats()
     return peak
 
 

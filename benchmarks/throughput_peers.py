@@ -171,11 +171,10 @@ def trl_groups(case: dict[str, Any]) -> None:
 
 def _trainer_settings(case: dict[str, Any]) -> dict[str, Any]:
     """What TRL's trainers are told alike: the batch as one, and nothing but the training."""
-    import torch
 
     return {
         "output_dir": ".", "per_device_train_batch_size": case["rows"], "gradient_accumulation_steps": 1,
-        "learning_rate": 1e-6, "bf16": bool(case.get("bf16")), "use_cpu": not torch.cuda.is_available(),
+        "learning_rate": 1e-6, "bf16": bool(case.get("bf16")), "use_cpu": case["shape"].get("device", "cpu") == "cpu",
         "report_to": [], "save_strategy": "no", "logging_strategy": "no", "disable_tqdm": True,
     }  # fmt: skip
 

@@ -43,7 +43,11 @@ def test_rows_become_items(write):
         ('{"prompt": "p"}', 1, '"responses" must be a list of at least one text'),
         ('{"prompt": "p", "responses": []}', 30, '"responses" must be a list'),
         ('{"prompt": "p", "responses": ["a", 3]}', 36, "a response must be a text"),
-        ('{"prompt": "p", "responses": ["a"], "gold": 1, "gap": 0}', 45, "gold must be a response of the item, 0 to 0, got 1"),
+        (
+            '{"prompt": "p", "responses": ["a"], "gold": 1, "gap": 0}',
+            45,
+            "gold must be a response of the item, 0 to 0, got 1",
+        ),
         ('{"prompt": "p", "responses": ["a"], "sampling": 1}', 49, '"sampling" must be an object'),
         ('{"prompt": "p", "responses": ["a"], "gap": "high"}', 44, '"gap" must be a number'),
         ('{"prompt": "p", "responses": ["a"], "gap": true}', 44, '"gap" must be a number'),

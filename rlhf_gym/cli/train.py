@@ -120,9 +120,11 @@ def train_agent(
             callbacks += [print_metrics or print_update] if progress_bar and not drawn else []
             agent.learn(duration, callback=callbacks, progress_bar=drawn)
         except Exception as error:
-            # A reward that fails after an hour must not cost the hour. But parts that other processes hold are out of reach
-            # then, since they may be waiting elsewhere: the last checkpoint is what is left.
-            if agent.num_timesteps == 0 or getattr(agent, "is_divided", False):
+            # A reward that fails after an hour must not cost the hour.
+            if agent.num_timesteps == 0:
+                raise
+            if getattr(agent, "is_divided", False):  # parts are out of reach: who holds them may be waiting elsewhere
+                print("rlhf-gym: with --fsdp the last checkpoint is what is left", file=sys.stderr)
                 raise
             try:
                 run_directory.save(agent)

@@ -94,7 +94,7 @@ def is_known(model: PreTrainedModel) -> bool:
         type(module).__module__.startswith(("transformers.", "torch.nn.", "torch.distributed.fsdp."))
         and not (isinstance(module, nn.Linear) and type(module) is not nn.Linear)
         # Of FSDP, which swaps the class of a block, there is one of each.
-        and max(len(module._forward_hooks), len(module._forward_pre_hooks)) <= hasattr(module, "unshard")
+        and max(len(module._forward_hooks), len(module._forward_pre_hooks)) <= (1 if hasattr(module, "unshard") else 0)
         for module in model.modules()
     )
 

@@ -39,7 +39,7 @@ class RaggedKV(ModelEngine):
     """Attention models of transformers, full and sliding-window, run through their own forward.
 
     The state holds ``keys.i`` and ``values.i`` (B, heads, columns, head width) of layer i. There is at least one
-    column more than T: rows that do not move write there, and no row ever reads it.
+    column more than T: rows that do not move write there, and for every row its weight is 0.
     """
 
     def __init__(self, model: PreTrainedModel, num_rows: int, max_tokens: int):
@@ -93,6 +93,8 @@ class RaggedKV(ModelEngine):
         # On a CPU the columns that no active row has reached are left out; a GPU would have to be waited for.
         on_cpu = self.device.type == "cpu"
         width = longest or (int((n * active).max()) + 1 if on_cpu else self._num_columns)
+        if not on_cpu:
+            width = min(-(-width // 8) * 8, self._num_columns)
         if on_cpu and self.model.dtype == torch.bfloat16 and 2 * width > self._num_columns:
             width = self._num_columns  # its matrix products copy what is no whole tensor
         return n.clamp(max=self.max_tokens - 1), slots, width

@@ -143,7 +143,8 @@ class Engine:
     def advance(self, tokens: Tensor, active: Tensor, longest: int | None = None) -> None:
         """Appends one token to each active row and leaves the others exactly as they are.
 
-        What follows is then in ``state["logits"]`` and `last_hidden`. On a GPU the host waits for nothing here.
+        What follows is then in ``state["logits"]`` and `last_hidden`. On a GPU the host waits for nothing here where the
+        engine is a `LeanKV`.
 
         Args:
             tokens: Token to append; ignored for inactive rows but a valid id. Shape (B,), int64.

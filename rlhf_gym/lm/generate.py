@@ -57,7 +57,7 @@ def generate(
         token_filter: Temperature and allowed tokens; None is the model's own distribution.
         reference_engine: Holds the model that a top-k or top-p filter looks at, with as many rows as ``engine``.
         value_fn: Maps hidden states (k, d) to values (k,), for every token as it is chosen.
-        progress: Called with the number of new tokens after each step.
+        progress: Called with the number of new tokens after each step (on a GPU after the one that follows).
 
     Returns:
         The responses, on the engine's device.
@@ -69,7 +69,7 @@ def generate(
     num_episodes, num_rows, device = len(prompts), engine.num_rows, engine.device
     _check(engine, prompts, max_response_tokens, uniforms, token_filter, reference_engine)
     engines = [engine] + ([reference_engine] if token_filter.uses_reference else [])
-    if device.type != "cpu":
+    if device.type != "cpu" and num_episodes:
         return _generate_on_device(
             DeviceLoop(engines, prompts, max_response_tokens, eos_token_ids, uniforms, token_filter, value_fn),
             [len(prompt) for prompt in prompts],

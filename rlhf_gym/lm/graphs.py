@@ -2,13 +2,23 @@
 
 from __future__ import annotations
 
+import functools
+import weakref
 from collections.abc import Callable
-from itertools import chain
 
 import torch
 from torch import Tensor, nn
 
 COLUMNS_PER_GRAPH = 64  # a graph looks at a fixed number of cached tokens; there is one for every so many
+
+# Graphs of a device run one after another and leave nothing in their memory, so those of all engines share it, and the
+# stream of their capture. They must: what cuBLAS works in belongs to that stream, and PyTorch frees it when any graph of
+# the stream goes (pytorch/pytorch#193402). In the common memory nobody but another graph can then write there.
+_captured: dict[torch.device, weakref.WeakSet[torch.cuda.CUDAGraph]] = {}
+_capture_stream = functools.cache(torch.cuda.Stream)  # of a device
+
+# (tokens (B,), active (B,), longest)
+Step = Callable[[Tensor, Tensor, int], None]
 
 
 class StepGraphs:
@@ -19,51 +29,46 @@ class StepGraphs:
     model in another precision, say) the step is captured anew.
 
     Args:
-        step: ``step(tokens (B,), active (B,), longest)``.
         num_rows: B.
         max_tokens: The largest ``longest``.
         model: What the step reads its weights from.
         device: A CUDA device.
     """
 
-    def __init__(
-        self,
-        step: Callable[[Tensor, Tensor, int], None],
-        num_rows: int,
-        max_tokens: int,
-        model: nn.Module,
-        device: torch.device,
-    ):
-        self._step, self._max_tokens, self._model, self._device = step, max_tokens, model, device
+    def __init__(self, num_rows: int, max_tokens: int, model: nn.Module, device: torch.device):
+        self._max_tokens, self._device = max_tokens, device
         self._tokens = torch.zeros(num_rows, dtype=torch.long, device=device)
         self._active = torch.zeros(num_rows, dtype=torch.bool, device=device)
         self._graphs: dict[int, torch.cuda.CUDAGraph] = {}
+        # Where modules keep their weights: to walk through a model for each token would take as long as the token.
+        self._weights = [held for each in model.modules() for held in (each._parameters, each._buffers) if held]
         self._addresses: list[int] = []
-        self._pool = torch.cuda.graph_pool_handle()  # they run one after another, so they may share their memory
 
-    def __call__(self, tokens: Tensor, active: Tensor, longest: int | None) -> None:
-        """The step, for no more than ``longest`` tokens in any row afterwards; None: ``max_tokens``."""
+    def __call__(self, step: Step, tokens: Tensor, active: Tensor, longest: int | None) -> None:
+        """The step, always the same, for no more than ``longest`` tokens in any active row afterwards; None: T."""
         longest = min(-(-(longest or self._max_tokens) // COLUMNS_PER_GRAPH) * COLUMNS_PER_GRAPH, self._max_tokens)
-        addresses = [tensor.data_ptr() for tensor in chain(self._model.parameters(), self._model.buffers())]
+        addresses = [tensor.data_ptr() for held in self._weights for tensor in held.values() if tensor is not None]
         if addresses != self._addresses:
             self._graphs, self._addresses = {}, addresses
         if longest not in self._graphs:
-            self._graphs[longest] = self._capture(longest)
+            self._active.zero_()
+            self._graphs[longest] = self._capture(step, longest)
         self._tokens.copy_(tokens)
         self._active.copy_(active)
         self._graphs[longest].replay()
 
-    def _capture(self, longest: int) -> torch.cuda.CUDAGraph:
-        self._active.zero_()
+    def _capture(self, step: Step, longest: int) -> torch.cuda.CUDAGraph:
+        living = _captured.setdefault(self._device, weakref.WeakSet())
         with torch.cuda.device(self._device):
-            # Libraries set themselves up at their first calls, which must not be captured.
-            aside = torch.cuda.Stream()
-            aside.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(aside):
-                for _ in range(2):
-                    self._step(self._tokens, self._active, longest)
-            torch.cuda.current_stream().wait_stream(aside)
+            for _ in range(2):  # libraries set themselves up at their first calls, which must not be captured
+                step(self._tokens, self._active, longest)
             graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph, pool=self._pool):
-                self._step(self._tokens, self._active, longest)
+            pool = next(
+                (other.pool() for other in living), None
+            )  # that of graphs which are gone must not be used again
+            # Other threads of the process, NCCL's among them, may go on with what they do.
+            stream, mode = _capture_stream(self._device), "thread_local"
+            with torch.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode=mode):
+                step(self._tokens, self._active, longest)
+        living.add(graph)
         return graph

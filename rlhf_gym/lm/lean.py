@@ -28,10 +28,14 @@ class LeanKV(RaggedKV):
         self._first_columns *= self._num_columns  # where each head of each row begins, in rows of width d
         self._graphs: StepGraphs | None = None
         if self.device.type == "cuda" and not _looks_at_positions(model):
-            self._graphs = StepGraphs(super()._advance, num_rows, max_tokens, model, self.device)
+            self._graphs = StepGraphs(num_rows, max_tokens, model, self.device)
 
     def _advance(self, tokens: Tensor, active: Tensor, longest: int | None) -> None:
-        (self._graphs or super()._advance)(tokens, active, longest)
+        step = super()._advance
+        if self._graphs is None:
+            step(tokens, active, longest)
+        else:
+            self._graphs(step, tokens, active, longest)
 
     def _prefill(self, rows: Tensor, ids: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
         num_sequences, width = ids.shape

@@ -70,7 +70,13 @@ def _proved_class(model: PreTrainedModel, max_tokens: int) -> type[Engine]:
             f"{type(model).__name__} cannot be used: a batch with padding on the right does not give the logits of its "
             f"rows alone, as a causal language model's would ({'; '.join(reasons)})"
         )
-    known = circumstances in verdicts and verdicts[circumstances][0] is Recompute
+    known = circumstances in verdicts and verdicts[circumstances][0] is candidate
+    if candidate is RaggedKV and reasons and not known and weight.device.type == "cuda":
+        warnings.warn(
+            f"{type(model).__name__} decodes by its own forward, without CUDA graphs, which is right but slow "
+            f"({'; '.join(reasons)})",
+            stacklevel=3,
+        )
     if candidate is Recompute and reasons and not known:
         warnings.warn(
             f"{type(model).__name__} is run without a cache, which is right but slow: with one it does not give the "

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -22,7 +23,7 @@ REFILLS_PER_TURN = 8
 
 
 class DeviceLoop:
-    """What `generate` keeps on the device, and its two moves; neither waits for the device.
+    """What `generate` keeps on the device, and its two moves; with a `LeanKV` neither waits for the device.
 
     Attributes:
         busy: Rows at work. Shape (B,), bool.
@@ -67,7 +68,7 @@ class DeviceLoop:
         """Idle rows begin these episodes; no prompt of theirs has more than ``width`` tokens."""
         which = [self._which[episode] for episode in episodes]
         first = [i for i in range(len(which)) if i == 0 or which[i] != which[i - 1]]
-        source = [rows[i] for i in first for _ in range(which.count(which[i]))]
+        source = [rows[first[k]] for k in np.searchsorted(first, range(len(rows)), side="right") - 1]
         target, computed = self._tensor(rows), self._tensor([rows[i] for i in first])
         asked = self._tensor([which[i] for i in first])
         for engine in self.engines:
@@ -75,16 +76,19 @@ class DeviceLoop:
             if len(first) < len(rows):
                 engine.copy_rows(self._tensor(source), target)
         self.episode[target] = self._tensor(episodes)
-        self.step_number[target] = 0
-        self.busy[target] = True
+        # `index_fill_`, since `[target] = 0` waits for the device.
+        self.step_number.index_fill_(0, target, 0)
+        self.busy.index_fill_(0, target, True)
 
     def step(self, longest: int) -> None:
         """Every busy row gets a token; ``longest`` is as in `Engine.advance`."""
         engine, at = self.engines[0], (self.episode, self.step_number)
         allowed = self.filter.mask(self.engines[-1].state["logits"]) if self.filter.uses_reference else self._allowed
         all_logprobs = self.filter.logprobs(engine.state["logits"], allowed)
-        likeliest = self.uniforms is None
-        tokens = all_logprobs.argmax(-1) if likeliest else choose_tokens(all_logprobs, self.uniforms[at])[0]
+        if self.uniforms is None:
+            tokens = all_logprobs.argmax(-1)
+        else:
+            tokens, _ = choose_tokens(all_logprobs, self.uniforms[at], restricted=allowed is not None)
         self.response_ids[at] = tokens
         self.logprobs[at] = all_logprobs.gather(1, tokens[:, None])[:, 0]
         if self.values is not None:

@@ -49,6 +49,8 @@ class Recompute(ModelEngine):
 
     def _decode(self, tokens: Tensor, active: Tensor, longest: int | None) -> tuple[Tensor, Tensor | None]:
         rows = active.nonzero()[:, 0]
+        if not len(rows):  # the last step of a rollout on a GPU
+            return self.state["logits"][: len(tokens)], None
         lengths = self.n[rows] + 1
         ids = self.state["ids"][rows, : int(lengths.max())]
         return tuple(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from dataclasses import dataclass
 
@@ -75,17 +76,11 @@ class TokenFilter:
         if self.allowed_tokens is None and not self.uses_reference:
             return None
         vocab_size = reference_logits.shape[-1]
-        if self.allowed_tokens is None:
-            static = None
-        else:
-            if self.allowed_tokens[-1] >= vocab_size:
-                raise ValueError(
-                    f"allowed_tokens must be below the vocabulary size {vocab_size}, got {self.allowed_tokens[-1]}"
-                )
-            static = torch.zeros(vocab_size, dtype=torch.bool, device=reference_logits.device)
-            static[list(self.allowed_tokens)] = True
+        static = None
+        if self.allowed_tokens is not None:
+            static = _mask_of(self.allowed_tokens, vocab_size, reference_logits.device)
             if not self.uses_reference:
-                return static.expand(reference_logits.shape)
+                return static.clone().expand(reference_logits.shape)
         scaled = reference_logits.float() / self.temperature
         if static is not None:
             scaled = scaled.masked_fill(~static, -math.inf)
@@ -138,6 +133,16 @@ class TokenFilter:
         return logits if mask is None else logits.masked_fill(~mask, -math.inf)
 
 
+@functools.lru_cache(maxsize=8)
+def _mask_of(allowed_tokens: tuple[int, ...], vocab_size: int, device: torch.device) -> Tensor:
+    """True for these tokens, (V,), made once: a GPU would have to be waited for. Not to be changed."""
+    if allowed_tokens[-1] >= vocab_size:
+        raise ValueError(f"allowed_tokens must be below the vocabulary size {vocab_size}, got {allowed_tokens[-1]}")
+    mask = torch.zeros(vocab_size, dtype=torch.bool, device=device)
+    mask[list(allowed_tokens)] = True
+    return mask
+
+
 def sample_tokens(logprobs: Tensor, uniforms: Tensor) -> Tensor:
     """Draws one token per row by inverting the cumulative distribution.
 
@@ -164,8 +169,12 @@ def sample_tokens(logprobs: Tensor, uniforms: Tensor) -> Tensor:
     return tokens
 
 
-def choose_tokens(logprobs: Tensor, uniforms: Tensor) -> tuple[Tensor, Tensor]:
+def choose_tokens(logprobs: Tensor, uniforms: Tensor, restricted: bool = True) -> tuple[Tensor, Tensor]:
     """`sample_tokens` without its check, for which a GPU would have to be waited for.
+
+    Args:
+        logprobs, uniforms: As there.
+        restricted: Whether some log-probabilities may be -inf.
 
     Returns:
         Tokens (B,), int64, any at all where the total is not above 0; and the totals of the probabilities (B,).
@@ -175,7 +184,7 @@ def choose_tokens(logprobs: Tensor, uniforms: Tensor) -> tuple[Tensor, Tensor]:
     # Below the total, whatever the rounding: the first entry that exceeds it exists and has a probability above 0.
     threshold = torch.minimum(uniforms.to(total) * total, torch.nextafter(total, torch.zeros_like(total)))
     tokens = torch.searchsorted(cumulative, threshold[:, None], right=True)[:, 0].clamp(max=logprobs.shape[-1] - 1)
-    if logprobs.device.type != "cpu":
+    if restricted and logprobs.device.type != "cpu":
         # A parallel scan adds in a different order for different entries, so it can grow by a rounding error at a token
         # of probability 0.
         forbidden = logprobs.gather(1, tokens[:, None])[:, 0] == -math.inf
