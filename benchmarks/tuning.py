@@ -51,8 +51,8 @@ SPACES: dict[str, dict[str, Any]] = {
         "learning_rate": None, "step_power": [0.5, 0.6, 0.7, 0.8, 0.9, 1.0], "exploration_fraction": [0.2, 0.5, 0.8],
     },
 }  # fmt: skip
-# Without tuning: the step that suits a policy, found with PPO ...
-RATES = {"tabular": 0.02, "transformer": 1e-3, "lstm": 2e-3}
+# Without tuning: the step that suits a policy, found with PPO (for a reference with RLOO: one step per rollout) ...
+RATES = {"tabular": 0.02, "transformer": 1e-3, "lstm": 2e-3, "reference": 6e-4}
 # ... and for (agent, policy) what is known to be better, found by hand with a seed or two. All others have their own
 # defaults.
 PRESETS: dict[tuple[str, str], dict[str, Any]] = {
@@ -73,8 +73,16 @@ PRESETS: dict[tuple[str, str], dict[str, Any]] = {
     ("dqn", "tabular"): {"learning_rate": 0.05, "batch_size": 1024, "replay_ratio": 1.0},
     ("qrdqn", "tabular"): {"learning_rate": 0.05, "batch_size": 1024, "replay_ratio": 1.0},
     ("trpo", "tabular"): {"relative_damping": True, "cg_damping": 0.1, "target_kl": 0.01},
-    # Larger batches than the rows give, as in `rlhf-gym demo`; TRPO wants more updates instead.
-    ("ppo", "reference"): {"learning_rate": 2e-4, "num_rounds": 4},
+    # Several steps per rollout want smaller ones; so do those who are soon far from the reference.
+    ("ppo", "reference"): {"learning_rate": 2e-4},
+    ("nlpo", "reference"): {"learning_rate": 2e-4},
+    ("vargrad", "reference"): {"learning_rate": 2e-4},
+    ("soft-q", "reference"): {"learning_rate": 5e-5},
+    ("expert-iteration", "reference"): {"learning_rate": 2e-4},
+    ("online-dpo", "reference"): {"learning_rate": 2e-4},
+    ("sb3-ppo", "reference"): {"learning_rate": 3e-4},
+    ("maskable-ppo", "reference"): {"learning_rate": 3e-4},
+    # More updates than its default of one per episode and row.
     ("trpo", "reference"): {"n_steps": 24},
     ("dqn", "reference"): {"learning_rate": 2e-4, "replay_ratio": 0.5},
     ("qrdqn", "reference"): {"learning_rate": 2e-4, "replay_ratio": 0.5},

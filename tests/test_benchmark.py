@@ -185,7 +185,7 @@ def test_draws():
 def test_presets():
     assert tuning.preset("ppo", "tabular") == tuning.preset("soft-q", "tabular") == {"learning_rate": 0.02}
     # A variant keeps its settings whatever the policy, and in a search.
-    assert tuning.preset("online-dpo-soft", "reference") == {"labels": "soft"}
+    assert tuning.preset("online-dpo-soft", "reference") == {"labels": "soft", "learning_rate": 6e-4}
     assert tuning.preset("online-dpo-soft", "tabular") == {"labels": "soft", "learning_rate": 0.02, "num_epochs": 4}
     assert tuning.draw("expert-iteration-optimal", "tabular", 0, {})["weights"] == "optimal"
     assert tuning.preset("my:Agent", "tabular") == tuning.preset("q-learning", "tabular") == {}
