@@ -70,7 +70,7 @@ _REVIEWS: dict[str, Any] = {"env_id": "rlhf_gym/TinyReviews-v0", "held_out": "ti
 TINY = {
     "TinyReviews": Task((0.03,), 50_000, gold="tiny-reviews", **_REVIEWS),
     "TinyReviewsProxy": Task((0.03,), 50_000, {"reward": "sentiment"}, gold="tiny-reviews", **_REVIEWS),
-    # Two of a hundred reviews of the reference have it.
+    # Some five of a hundred reviews of the reference have it.
     "Keyword": Task((0.03,), 50_000, {"reward": keyword("five stars")}, **_REVIEWS),
 }
 STORIES = Task(
