@@ -25,6 +25,11 @@ REFILLS_PER_TURN = 8
 class DeviceLoop:
     """What `generate` keeps on the device, and its two moves; with a `LeanKV` neither waits for the device.
 
+    Args:
+        engines: Where to sample from, and last, where the filter looks at a reference, the engine of that.
+        prompts: N >= 1 prompts, (p,) int64 each; the others are those of `generate`.
+        max_response_tokens, eos_token_ids, uniforms, token_filter, value_fn: As there.
+
     Attributes:
         busy: Rows at work. Shape (B,), bool.
         response_ids, logprobs, values, ended_by_eos: As in `Responses`, with a spare row N at the end.
