@@ -114,8 +114,7 @@ def run(plan: Plan, out: Path, *, jobs: int, progress: Progress, allow_mixed: bo
     Raises:
         ValueError: If an agent cannot be made, another run is at work in the directory, or cells would be mixed.
     """
-    out.mkdir(parents=True, exist_ok=True)
-    with _locked(out):
+    with _directory(out), _locked(out):
         now = provenance()
         measure = functools.partial(_measure, plan, out, now, jobs=jobs, progress=progress, allow_mixed=allow_mixed)
         if plan.tune:
@@ -232,6 +231,20 @@ def _refuse_mixing(path: Path, cells: Sequence[dict[str, Any]], now: dict[str, A
                 f"{path} holds cells measured with {', '.join(changed)}: their numbers may differ. Choose another "
                 "--out, or add --allow-mixed to put new cells beside them (each says what it was measured with)"
             )
+
+
+@contextlib.contextmanager
+def _directory(out: Path) -> Iterator[None]:
+    """Makes the directory, and takes it away again where a refusal leaves it empty."""
+    is_new = not out.exists()
+    out.mkdir(parents=True, exist_ok=True)
+    try:
+        yield
+    except ValueError:
+        if is_new:
+            with contextlib.suppress(OSError):  # something is in it
+                out.rmdir()
+        raise
 
 
 @contextlib.contextmanager
