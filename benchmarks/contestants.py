@@ -14,11 +14,15 @@ from rlhf_gym.agents import AGENTS
 from rlhf_gym.cli.setup import parse_config
 
 # Names of agents with settings of their own, that stand in tables beside the algorithm as it was published. The objective
-# of each is the environment's (docs/agents.md), which cannot be said of the published ones.
+# of the first three is the environment's (docs/agents.md), which cannot be said of the published ones.
 VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "dr-grpo": ("grpo", {"divide_by_std": False, "loss_mode": "constant", "kl_placement": "reward"}),
     "expert-iteration-optimal": ("expert-iteration", {"weights": "optimal"}),
     "online-dpo-soft": ("online-dpo", {"labels": "soft"}),
+    # What uniform exploration, the negative control, costs.
+    "dqn-reference": ("dqn", {"exploration": "reference"}),
+    # A stock policy on the wrappers HiddenStateObservation and TopKAction.
+    "mlp-ppo": ("rlhf_gym.agents.sb3.mlp:MlpPPO", {}),
 }
 
 

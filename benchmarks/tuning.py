@@ -81,10 +81,11 @@ PRESETS: dict[tuple[str, str], dict[str, Any]] = {
     ("expert-iteration", "reference"): {"learning_rate": 2e-4},
     ("online-dpo", "reference"): {"learning_rate": 2e-4},
     ("sb3-ppo", "reference"): {"learning_rate": 3e-4},
-    ("maskable-ppo", "reference"): {"learning_rate": 3e-4},
+    ("maskable-ppo", "reference"): {"learning_rate": 3e-4, "top_k": 16},
     # More updates than its default of one per episode and row.
     ("trpo", "reference"): {"n_steps": 24},
     ("dqn", "reference"): {"learning_rate": 2e-4, "replay_ratio": 0.5},
+    ("dqn-reference", "reference"): {"learning_rate": 2e-4, "replay_ratio": 0.5},
     ("qrdqn", "reference"): {"learning_rate": 2e-4, "replay_ratio": 0.5},
 }
 

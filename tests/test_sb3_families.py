@@ -91,6 +91,42 @@ def test_masks_are_the_references_top_k_in_rollout_and_update():
         assert m["audit/logprob_mismatch"] < 1e-5 and m["audit/ref_logprob_mismatch"] < 1e-5
 
 
+def test_the_agents_own_top_k_leaves_the_environment_as_it_is(tmp_path):
+    """The policy is renormalised on the reference's likeliest tokens; the reference of the KL penalty stays whole."""
+    envs = make_envs(4, kl_coef=0.2)
+    compare, seen, inside = Compare(), [], []
+    step, language_model = envs.process.step, envs.language_model.model
+
+    def checked(actions, *rest):
+        likeliest = envs.process.next_ref_logprobs().topk(3).indices
+        inside.append((likeliest == torch.as_tensor(actions)[:, None]).any(1).all())
+        return step(actions, *rest)
+
+    envs.process.step = checked
+    agent = MaskablePPO(envs, seed=0, audit_interval=1, learning_rate=1e-2, top_k=3)
+    agent.learn(144, callback=[compare, lambda agent, m: seen.append(m)])
+    assert len(compare.worst) == 3 and max(compare.worst) < 1e-5 and len(inside) == 36 and all(inside)
+    for m in seen:
+        assert m["audit/logprob_mismatch"] < 1e-5 and m["audit/ref_logprob_mismatch"] < 1e-5
+    obs, _ = envs.reset(seed=0)
+    given = {key: torch.as_tensor(value) for key, value in obs.items()}
+    last = torch.arange(4), given["attention_mask"].sum(1) - 1
+    with torch.no_grad():
+        logits, reference = (model(**given).logits[last] for model in (agent.policy_model, language_model))
+    kept = torch.zeros_like(logits, dtype=torch.bool).scatter(1, reference.topk(3).indices, True)
+    assert torch.equal(logits > -torch.inf, kept)
+    drawn = np.stack([agent.predict(obs)[0] for _ in range(30)])
+    assert all(kept[i, torch.as_tensor(drawn[:, i])].all() for i in range(4))
+    assert_goes_on_as_saved(MaskablePPO, lambda: make_envs(4, kl_coef=0.1), tmp_path, top_k=3)
+
+
+def test_its_top_k_wants_a_reference_and_no_other_mask():
+    with pytest.raises(ValueError, match="top_k must be None where the environment has top_k"):
+        MaskablePPO(make_envs(2, top_k=4), top_k=3)
+    with pytest.raises(ValueError, match="top_k must be None or an integer"):
+        MaskablePPO(make_envs(2), top_k=0)
+
+
 def test_without_masks_it_is_ppo():
     agents = [cls(make_envs(4, kl_coef=0.1), seed=3).learn(96) for cls in (SB3PPO, MaskablePPO)]
     ours, theirs = (agent.algorithm.policy.state_dict() for agent in agents)

@@ -6,7 +6,7 @@ from .agent import SB3Agent
 from .algorithms import A2C, SB3PPO, A2CConfig, OnPolicyConfig, SB3PPOConfig
 from .announce import AnnounceLogprobs
 from .buffers import CompactMaskableRolloutBuffer, CompactReplayBuffer, CompactRolloutBuffer
-from .masked import LMMaskablePolicy, MaskablePPO
+from .masked import LMMaskablePolicy, MaskablePPO, MaskablePPOConfig
 from .mlp import MlpAgent
 from .policy import LMActorCriticPolicy, policy_kwargs
 from .q_policy import LMQPolicy
@@ -29,6 +29,7 @@ __all__ = [
     "LMQPolicy",
     "LMRecurrentPolicy",
     "MaskablePPO",
+    "MaskablePPOConfig",
     "MlpAgent",
     "OnPolicyConfig",
     "QRDQN",

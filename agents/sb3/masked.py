@@ -1,10 +1,14 @@
 """sb3-contrib's MaskablePPO with a language model: only what ``action_masks()`` allows can be chosen.
 
 The mask is the environment's: made with ``top_k=k`` (or ``top_p``), the reference's k likeliest tokens in each state;
-and what ``allowed_tokens`` and a table forbid. Policy and reference are both renormalised on it.
+and what ``allowed_tokens`` and a table forbid. Policy and reference are both renormalised on it. Or it is the agent's
+own, ``MaskablePPO(envs, top_k=k)`` in an environment that allows every token: then the policy alone is renormalised on
+the reference's k likeliest tokens, and the task is that of all other agents.
 
-Objective: E[score] - kl_coef * KL(pi || pi_ref) over whole responses, with pi_ref renormalised on the mask; policies that
-write anything else are not searched. Without filters it is Stable-Baselines3's PPO.
+Objective: E[score] - kl_coef * KL(pi || pi_ref) over whole responses and over those policies only that the mask allows,
+with pi_ref renormalised on the environment's mask, and whole beside the agent's own. That one is biased where the optimum
+pi* leaves the mask: with S the responses that it allows, it lacks -kl_coef log pi*(S). Without any mask it is
+Stable-Baselines3's PPO.
 
 Source:
     Huang and Ontanon 2022, arXiv:2006.14171 (invalid action masking); Ramamurthy et al. 2022, arXiv:2210.01241, whose
@@ -15,20 +19,27 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 import sb3_contrib
 import torch
+from gymnasium.vector import VectorEnv, VectorWrapper
 from sb3_contrib.common.maskable.policies import MaskableActorCriticPolicy
+from stable_baselines3.common.vec_env import VecEnv
 from torch import Tensor
 
+from rlhf_gym.lm import TokenFilter
 from rlhf_gym.lm.engine import inference
 from rlhf_gym.lm.forward import forward_at
 
-from .algorithms import SB3PPO
+from ..config import COUNT_OR_NONE, check_fields
+from ..nlpo import MaskedLM
+from .algorithms import SB3PPO, SB3PPOConfig
 from .buffers import CompactMaskableRolloutBuffer
 from .policy import LMActorCriticPolicy, sequences
+from .vec_env import as_vec_env
 
 
 class LMMaskablePolicy(LMActorCriticPolicy):
@@ -90,18 +101,79 @@ class LMMaskablePolicy(LMActorCriticPolicy):
 MaskableActorCriticPolicy.register(LMMaskablePolicy)
 
 
+class ReferenceTopK(VectorWrapper):
+    """An environment that also masks what is not among the reference's ``top_k`` likeliest tokens; it refuses none."""
+
+    def __init__(self, env: VectorEnv, top_k: int) -> None:
+        super().__init__(env)
+        self.token_filter = TokenFilter(top_k=top_k)
+
+    def action_masks(self) -> Tensor:
+        """True where a token may be chosen next. Shape (num_envs, V), bool."""
+        process = self.unwrapped.process
+        return process.action_masks() & self.token_filter.mask(process.next_ref_logprobs())
+
+
+@dataclass(frozen=True, kw_only=True)
+class MaskablePPOConfig(SB3PPOConfig):
+    """Settings of MaskablePPO, and those of ``SB3PPOConfig``.
+
+    Attributes:
+        top_k: Choose among the reference's k likeliest tokens in each state; None: among what the environment allows.
+    """
+
+    top_k: int | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_fields(self, {"top_k": COUNT_OR_NONE})
+
+
 class MaskablePPO(SB3PPO):
-    """sb3-contrib's MaskablePPO; see the module's docstring and ``SB3PPOConfig``.
+    """sb3-contrib's MaskablePPO; see the module's docstring and ``MaskablePPOConfig``.
+
+    With ``top_k`` its ``policy_model`` is the masked policy, which gives -inf to other tokens; what is saved is the
+    language model without the mask, for ``from_pretrained``.
 
     Mind that its buffer keeps the masks as float32: 4 V bytes per token of a rollout.
     """
 
     algorithm_class = sb3_contrib.MaskablePPO
+    config_class = MaskablePPOConfig
     policy_class = LMMaskablePolicy
     buffer_class = CompactMaskableRolloutBuffer
 
+    def make_policy(self, policy: Any, arguments: dict[str, Any]) -> None:
+        """As for every agent; the policy's filter has the agent's own ``top_k``."""
+        super().make_policy(policy, arguments)
+        top_k = arguments.pop("top_k")
+        if top_k is None:
+            return
+        base, kwargs = self.envs.unwrapped, arguments["policy_kwargs"]
+        if not isinstance(self.envs, VectorEnv) or getattr(base, "language_model", None) is None:
+            raise ValueError(
+                f"top_k needs a vector environment of text with a reference, got {type(base).__name__}; use "
+                "gym.make_vec, and leave top_k out where there is no reference"
+            )
+        if kwargs["token_filter"].uses_reference:
+            raise ValueError(f"top_k must be None where the environment has top_k or top_p of its own, got {top_k}")
+        kwargs["token_filter"] = replace(kwargs["token_filter"], top_k=top_k)
+
+    def make_venv(self) -> VecEnv:
+        """The environment, with the agent's own mask if it has one."""
+        top_k = self.config.top_k
+        return super().make_venv() if top_k is None else as_vec_env(ReferenceTopK(self.envs, top_k))
+
+    @property
+    def policy_model(self) -> Any:
+        """The language model; with ``top_k`` under its mask, for evaluation."""
+        model = super().policy_model
+        if self.config.top_k is None:
+            return model
+        return MaskedLM(model, self.envs.unwrapped.language_model.model, self.algorithm.policy.token_filter)
+
     def predict(self, observation: dict[str, Any], deterministic: bool = False) -> tuple[Any, None]:
-        """Chooses the next tokens among those that the environment would allow after these texts."""
+        """Chooses the next tokens among those that the masks would allow after these texts."""
         with self.algorithm.policy._masked_by(self._masks_of(observation)):
             return super().predict(observation, deterministic)
 

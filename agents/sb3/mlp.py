@@ -161,3 +161,9 @@ class MlpAgent(SB3Agent):
         policy.load_state_dict(load_file(folder / "policy.safetensors"))
         if issubclass(self.algorithm_class, sb3_contrib.ARS):  # it keeps its own copy
             self.algorithm.weights = torch.nn.utils.parameters_to_vector(policy.parameters()).detach()
+
+
+class MlpPPO(MlpAgent):
+    """Stable-Baselines3's PPO with its ``MlpPolicy``: a small network chooses among the reference's likeliest tokens."""
+
+    algorithm_class = stable_baselines3.PPO
