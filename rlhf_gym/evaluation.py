@@ -51,18 +51,36 @@ class Evaluation:
     """Reference texts of each prompt, None where it has none; None when no prompt has."""
     fluency: tuple[np.ndarray, np.ndarray] | None = None
     """Under an independent language model: log-probability of each response in nats, and its tokens there."""
+    greedy: bool = False
+    """Whether the likeliest token was taken each time: all responses to a prompt are one and the same."""
+
+    @property
+    def intervals_over(self) -> str | None:
+        """What intervals take for independent draws: "prompts", or the "responses" where there is but one prompt.
+
+        Responses to one prompt are alike, so where there are several prompts each counts once. An interval over responses
+        says nothing of other prompts. None, and no interval, where there is nothing but one response.
+        """
+        if (self.prompt_index != self.prompt_index[0]).any():
+            return "prompts"
+        return "responses" if len(self.scores) > 1 and not self.greedy else None
+
+    @property
+    def draws(self) -> np.ndarray:
+        """The draw that each response belongs to, of those that `intervals_over` says. Shape (N,), integers."""
+        return np.arange(len(self.scores)) if self.intervals_over == "responses" else self.prompt_index
 
     @property
     def score(self) -> Estimate:
-        """Mean score over prompts."""
+        """Mean score, see `estimate`."""
         return self.estimate(self.scores)
 
     def estimate(self, values: np.ndarray) -> Estimate:
-        """Mean of one number per episode with its interval (Student's t) over *prompts*.
+        """Mean of one number per episode with its interval (Student's t) over what `intervals_over` says.
 
-        Responses to one prompt are alike, so each prompt counts once, with its mean; NaN entries are left out.
+        Each prompt counts once, with the mean of its responses; NaN entries are left out.
         """
-        return mean_estimate(values, self.prompt_index)
+        return mean_estimate(values, self.draws)
 
     @functools.cached_property
     def texts(self) -> dict[str, Estimate]:
@@ -75,21 +93,22 @@ class Evaluation:
         if not self.samples:
             return {}
         responses = [sample["response"] for sample in self.samples]
-        found = {"share_without_eos": share_estimate(~self.ended_by_eos, self.prompt_index)}
-        found |= diversity(responses, self.prompt_index)
+        found = {"share_without_eos": share_estimate(~self.ended_by_eos, self.draws)}
+        found |= diversity(responses, self.draws)
         if self.references is not None:
             rows = [row for row, references in enumerate(self.references) if references is not None]
             known = [references for references in self.references if references is not None]
-            found |= reference_overlap([responses[row] for row in rows], known, self.prompt_index[rows])
+            found |= reference_overlap([responses[row] for row in rows], known, self.draws[rows])
         if self.fluency is not None:
-            found["perplexity"] = perplexity_estimate(*self.fluency, self.prompt_index)
+            found["perplexity"] = perplexity_estimate(*self.fluency, self.draws)
         return found
 
     def against(self, baseline: Evaluation) -> dict[str, Estimate]:
         """``wins``, ``ties`` and ``losses`` against another policy on the same episodes: shares, which sum to 1.
 
         Episode i of the one is compared with episode i of the other; scores that differ by less than a millionth are a
-        tie.
+        tie. With the same seed both have the same random numbers, so policies that are near each other write the same
+        response in many episodes, at KL 0 in all: ties are more, wins and losses fewer than of independent samples.
 
         Raises:
             ValueError: If the two did not answer the same prompts in the same order.
@@ -101,7 +120,7 @@ class Evaluation:
         scale = np.maximum(1.0, np.maximum(np.abs(self.scores), np.abs(baseline.scores)))
         difference = np.where(np.abs(self.scores - baseline.scores) <= 1e-6 * scale, 0.0, self.scores - baseline.scores)
         shares = {"wins": difference > 0, "ties": difference == 0, "losses": difference < 0}
-        return {name: share_estimate(happened, self.prompt_index) for name, happened in shares.items()}
+        return {name: share_estimate(happened, self.draws) for name, happened in shares.items()}
 
     def is_paired_with(self, other: Evaluation) -> bool:
         """Whether both answer the same prompts in the same order."""
@@ -109,13 +128,17 @@ class Evaluation:
         return same and [s["prompt"] for s in self.samples] == [s["prompt"] for s in other.samples]
 
     def summary(self) -> dict[str, Any]:
-        """The numbers, JSON-able: ``{name: {mean, low, high, standard_error}}`` and counts; ``text/<name>`` is of `texts`."""
+        """The numbers, JSON-able: ``{name: {mean, low, high, standard_error}}``; ``text/<name>`` is of `texts`.
+
+        And the counts, and what the intervals are over.
+        """
         numbers = {"score": self.scores, **{f"score/{name}": term for name, term in self.terms.items()}, **self.others}
         numbers |= {} if self.kl is None else {"kl": self.kl}
         numbers |= {"length": self.lengths, "eos_share": self.ended_by_eos.astype(np.float64)}
         estimates = {name: as_json(self.estimate(values)) for name, values in numbers.items()}
         estimates |= {f"text/{name}": as_json(estimate) for name, estimate in self.texts.items()}
-        return {"num_episodes": len(self.scores), "num_prompts": len(np.unique(self.prompt_index)), **estimates}
+        counts = {"num_episodes": len(self.scores), "num_prompts": len(np.unique(self.prompt_index))}
+        return {**counts, "intervals_over": self.intervals_over, **estimates}
 
 
 def as_json(estimate: Estimate) -> dict[str, float | None]:
@@ -247,6 +270,7 @@ def evaluate(
         samples,
         references=None if references is None else [references[i] for i in index],
         fluency=fluency,
+        greedy=greedy,
     )
 
 

@@ -27,7 +27,15 @@ TEXT_LABELS = {
     "self_bleu": "self-BLEU",
     "repeated_bigrams": "repeated bigrams",
 }
-NOTE = "means ± half of their 95 % intervals over prompts; [low, high] where an interval is not symmetric"
+
+
+def note(evaluations: Mapping[str, Evaluation]) -> str:
+    """What the numbers of their `table` are, in one line."""
+    over = next(iter(evaluations.values())).intervals_over
+    if over is None:
+        return "means, without intervals: there is nothing but one response to one prompt"
+    draws = "prompts" if over == "prompts" else "responses to the one prompt"
+    return f"means ± half of their 95 % intervals over {draws}; [low, high] where an interval is not symmetric"
 
 
 def table(evaluations: Mapping[str, Evaluation]) -> tuple[list[str], list[list[str]]]:
@@ -75,7 +83,8 @@ def _number(evaluation: Evaluation, values: Any) -> str:
 
 def model_card(*, options: Mapping[str, Any], base_model: str, before: Evaluation, after: Evaluation) -> str:
     """The README of a run: how the model was made, how good it is, what it must not be used for."""
-    header, rows = table({"before": before, "after": after})
+    evaluations = {"before": before, "after": after}
+    header, rows = table(evaluations)
     lines = ["| " + " | ".join(row) + " |" for row in [header, ["---"] * len(header), *rows]]
     rewards = ", ".join(f"`{reward}`" for reward in options["reward"])
     prompts = options["eval_prompts"] or f"{options['prompts']} (the training prompts)"
@@ -87,7 +96,7 @@ def model_card(*, options: Mapping[str, Any], base_model: str, before: Evaluatio
         rewards=rewards,
         table="\n".join(lines),
         num_episodes=len(after.scores),
-        note=NOTE,
+        note=note(evaluations),
         prompts=prompts,
         settings=settings,
         versions=versions,

@@ -1,5 +1,7 @@
 """Metrics of texts: overlap with references, diversity, repetition and fluency, each with a 95 % interval over prompts.
 
+With a number of its own for each response in the place of ``prompt_index`` it is an interval over responses.
+
 All are in [0, 1] but perplexity. Words are those of ``rlhf_gym.rewards.text.words_of``: lower case, without punctuation,
 letter by letter in scripts without spaces.
 """

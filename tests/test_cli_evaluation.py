@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import html.parser
 import math
+from dataclasses import replace
 
 import gymnasium as gym
 import numpy as np
@@ -13,7 +14,7 @@ from worlds import EOS, PROMPTS, goodness, make_env, make_envs, model, tokenizer
 
 from rlhf_gym.evaluation import Evaluation, evaluate
 from rlhf_gym.plots import curves, histogram, running_mean
-from rlhf_gym.report import Section, html_report, model_card, table
+from rlhf_gym.report import Section, html_report, model_card, note, table
 from rlhf_gym.rewards import normalize
 
 
@@ -41,8 +42,31 @@ def test_interval_is_over_prompts():
     assert three.high - three.mean == pytest.approx(4.30265 * math.sqrt(7 / 3), rel=1e-5)
 
 
-def test_one_prompt_has_no_interval_and_nan_is_left_out():
-    assert evaluation([1.0, 3.0], [0, 0]).score.low is None
+def test_of_one_prompt_the_responses_are_the_draws():
+    """Scores 1 and 3: s = sqrt(2), error 1, t(0.975, 1) = 12.7062; one of two is [.0945, .9055] by Wilson."""
+    found = evaluation([1.0, 3.0], [7, 7])
+    assert (found.score.mean, found.score.standard_error) == pytest.approx((2.0, 1.0))
+    assert (found.score.low, found.score.high) == pytest.approx((2 - 12.7062, 2 + 12.7062), abs=1e-3)
+    share = replace(found, samples=[{"prompt": "p", "response": "a b"}] * 2).texts["share_without_eos"]
+    assert (share.low, share.mean, share.high) == pytest.approx((0.0945, 0.5, 0.9055), abs=1e-4)
+    assert found.summary()["intervals_over"] == "responses" and "over responses to the one prompt" in note({"": found})
+
+    several = evaluation([1.0, 3.0, 3.0], [0, 0, 1])
+    assert several.summary()["intervals_over"] == "prompts" and "over prompts" in note({"": several})
+    # The likeliest response again and again is one draw, and one response is no sample.
+    for alone in (replace(found, greedy=True), evaluation([1.0], [0])):
+        assert alone.score.low is None and alone.summary()["intervals_over"] is None
+        assert "without intervals" in note({"": alone})
+
+
+def test_evaluate_tells_whether_responses_are_draws():
+    env = make_env(prompts=["the cat"])
+    sampled, likeliest = (evaluate(None, env, num_episodes=4, greedy=greedy) for greedy in (False, True))
+    assert sampled.intervals_over == "responses" and sampled.estimate(sampled.lengths.astype(float)).high is not None
+    assert likeliest.intervals_over is None and len({s["response"] for s in likeliest.samples}) == 1
+
+
+def test_nan_is_left_out():
     assert evaluation([1.0, math.nan, 3.0], [0, 1, 2]).score.mean == 2
     assert evaluation([math.nan], [0]).summary()["score"]["mean"] is None  # NaN is not JSON
 

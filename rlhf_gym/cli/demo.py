@@ -17,7 +17,7 @@ from rlhf_gym.cli.train import report_stop, train_agent
 from rlhf_gym.envs.render import visible
 from rlhf_gym.evaluation import Evaluation, evaluate
 from rlhf_gym.plots import curves, histogram, plot_run
-from rlhf_gym.report import NOTE, Section, html_report, table
+from rlhf_gym.report import Section, html_report, note, table
 from rlhf_gym.runs import RunDirectory, machine, read_metrics
 from rlhf_gym.tasks.tiny_reviews import grammaticality
 
@@ -151,7 +151,7 @@ def _page(evaluations: dict[str, Evaluation], runs: dict[str, Any], seconds: flo
             ),
             Section(
                 "On held-out prompts",
-                f"{len(base.scores)} responses of each model to {base.summary()['num_prompts']} prompts, sampled; {NOTE}. "
+                f"{len(base.scores)} responses of each model to {base.summary()['num_prompts']} prompts, sampled; {note(evaluations)}. "
                 "`grammatical` is the share of complete reviews that the grammar can produce.",
                 histogram({label: e.scores for label, e in evaluations.items()}, "score"),
                 "How the scores are spread: responses by score, for each model.",

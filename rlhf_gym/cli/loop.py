@@ -114,7 +114,7 @@ def print_rounds(found: list[dict[str, Any]]) -> None:
         cells = []
         for name in names:
             estimate = each.get(name)
-            # Of a single prompt there is no interval.
+            # Of a single response there is no interval.
             known = estimate is not None and estimate["high"] is not None
             half = f" ± {(estimate['high'] - estimate['low']) / 2:.3f}" if known else ""
             # No "-0.000" of a policy that is the reference.

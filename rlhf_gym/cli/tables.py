@@ -6,7 +6,7 @@ from collections.abc import Mapping
 
 from rlhf_gym.envs.render import visible
 from rlhf_gym.evaluation import Evaluation
-from rlhf_gym.report import NOTE, table
+from rlhf_gym.report import note, table
 
 
 def print_comparison(evaluations: Mapping[str, Evaluation]) -> None:
@@ -16,7 +16,7 @@ def print_comparison(evaluations: Mapping[str, Evaluation]) -> None:
     from rich.table import Table
 
     header, rows = table(evaluations)
-    shown = Table(title=escape(NOTE), title_justify="left")
+    shown = Table(title=escape(note(evaluations)), title_justify="left")
     for i, name in enumerate(header):
         shown.add_column(escape(visible(name)), justify="left" if i == 0 else "right")
     for row in rows:
