@@ -111,6 +111,34 @@ def test_train_evaluate_generate(place, capsys):
     assert [text.split()[:2] for text in texts] == [["the", "cat"]] * 2 + [["a", "dog"]] * 2
 
 
+@pytest.mark.parametrize(("agent", "config"), [("best-of-n", "num_candidates=4"), ("nlpo", "mask_top_k=1")])
+def test_an_agent_that_is_not_its_language_model_alone_is_measured_as_it_acts(place, capsys, agent, config):
+    assert train(f"{place}:goodness", "--agent", agent, "--config", config) == 0
+    trained = [json.loads(line) for line in Path("runs/x/samples_after.jsonl").read_text().splitlines()]
+    command = ["evaluate", "--reward", f"{place}:goodness", *"--prompts prompts.jsonl --max-response-tokens 6".split()]
+    more = "--num-episodes 8 --out samples.jsonl --overwrite".split()
+    capsys.readouterr()
+    assert main([*command, *more, "--model", "runs/x"]) == 0
+    assert ("each the best of 4 by --reward" in capsys.readouterr().out) == (agent == "best-of-n")
+    again = [json.loads(line) for line in Path("samples.jsonl").read_text().splitlines()]
+    assert [s["response"] for s in again] == [s["response"] for s in trained]
+    assert [s["kl"] for s in again] == pytest.approx([s["kl"] for s in trained], abs=1e-4)
+    assert sum(s["kl"] for s in again) / 8 > 0.5
+    # Without its reference the model has to stand in for it, and is another policy than the agent.
+    assert main([*command, "--model", "runs/x/model"]) == 2 and "or --reference" in one_line(capsys)
+
+    generate = "generate --prompt the --num-samples 8 --max-response-tokens 6".split()
+    assert main([*generate, "--model", "base"]) == 0
+    assert len(set(capsys.readouterr().out.strip().split("\n\n"))) > 1
+    if agent == "best-of-n":
+        assert main([*generate, "--model", "runs/x"]) == 2
+        assert "chooses by a reward; rlhf-gym evaluate" in one_line(capsys)
+    else:  # one token is allowed in each state, so there is one response
+        assert main([*generate, "--model", "runs/x"]) == 0
+        assert len(set(capsys.readouterr().out.strip().split("\n\n"))) == 1
+        assert main([*generate, "--model", "runs/x", "--top-k", "3"]) == 2 and "leave them out" in one_line(capsys)
+
+
 def test_several_rewards_with_weights(place, capsys):
     assert train(f"{place}:goodness", "--reward", f"{place}:goodness=2", "length=-0.5", tokens=20) == 0
     (sample, *_) = [json.loads(line) for line in Path("runs/x/samples_before.jsonl").read_text().splitlines()]

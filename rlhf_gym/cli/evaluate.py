@@ -11,6 +11,7 @@ from rlhf_gym.atomic import write_text
 from rlhf_gym.cli.files import new_file
 from rlhf_gym.cli.options import Evaluate
 from rlhf_gym.cli.red_team import run_red_team
+from rlhf_gym.cli.saved import BestOf, acting_policy
 from rlhf_gym.cli.setup import make_envs, model_source, quiet_transformers
 from rlhf_gym.cli.tables import print_comparison
 from rlhf_gym.data import write_jsonl
@@ -28,10 +29,16 @@ def run(options: Evaluate) -> int:
         if name is not None:
             new_file(flag, name, options.overwrite)
     quiet_transformers()
-    policy = load_language_model(model_source(options.model), device=options.device, dtype=options.dtype)
+    lm = load_language_model(model_source(options.model), device=options.device, dtype=options.dtype)
+    policy = acting_policy(options, lm)
     source = options.reference or _own_reference(options.model)
-    reference = policy if source is None else model_source(source)
-    model = None if source is None else policy.model
+    if source is None and policy is not lm.model:
+        raise ValueError(
+            f"--model {options.model} holds an agent that is not its language model alone; give the directory of its run, "
+            "or --reference, what it was trained from"
+        )
+    reference = lm if source is None else model_source(source)
+    model = None if source is None else policy
     if options.red_team is not None:
         return run_red_team(options, model, reference)
     envs = make_envs(options, num_envs=1, model=reference)
@@ -62,6 +69,8 @@ def run(options: Evaluate) -> int:
         return 0
     print_comparison(columns)
     print(f"{len(found.scores)} responses to {found.summary()['num_prompts']} prompts")
+    if isinstance(policy, BestOf):
+        print(f"{options.model}: each the best of {policy.num_candidates} by --reward")
     if found.references is not None and "bleu" not in found.texts:
         print("BLEU and chrF need sacrebleu: pip install rlhf_gym[metrics]")
     if options.out is not None:

@@ -7,6 +7,7 @@ import math
 import torch
 
 from rlhf_gym.cli.options import Generate
+from rlhf_gym.cli.saved import BestOf, acting_policy
 from rlhf_gym.cli.setup import model_source, quiet_transformers
 from rlhf_gym.envs.prompts import PromptEncoder
 from rlhf_gym.envs.render import visible
@@ -17,6 +18,12 @@ def run(options: Generate) -> int:
     """Sample and print the responses; returns the exit code."""
     quiet_transformers()
     lm = load_language_model(model_source(options.model), device=options.device, dtype=options.dtype)
+    policy = acting_policy(options, lm)
+    if isinstance(policy, BestOf):
+        raise ValueError(
+            f"--model {options.model} holds a best-of-n agent, which chooses by a reward; rlhf-gym evaluate with --prompts, "
+            "--reward and --out FILE.jsonl writes its responses"
+        )
     token_filter = TokenFilter(temperature=options.temperature, top_k=options.top_k, top_p=options.top_p)
     encoder = PromptEncoder(lm.tokenizer, lm.vocab_size, lm.eos_token_ids, lm.bos_token_id, truncate=None)
     texts = [text for text in options.prompt for _ in range(options.num_samples)]
@@ -29,7 +36,7 @@ def run(options: Generate) -> int:
             f"a prompt of {longest} tokens leaves {room} of the model's context of {lm.max_context}, not {max(1, num_tokens)}"
         )
     num_rows = min(64, len(prompts))
-    engine = make_engine(lm, num_rows, longest + num_tokens)
+    engine = make_engine(policy, num_rows, longest + num_tokens)
     reference = make_engine(lm, num_rows, longest + num_tokens) if token_filter.uses_reference else None
     uniforms = torch.rand(len(prompts), num_tokens, generator=torch.Generator().manual_seed(options.seed))
     responses = generate(
