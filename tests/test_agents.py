@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import importlib
+import inspect
 import json
+import re
 from dataclasses import replace
+from pathlib import Path
 
 import gymnasium as gym
 import numpy as np
@@ -16,6 +19,7 @@ from worlds import make_envs, model
 
 import rlhf_gym.agents
 from rlhf_gym.agents import AGENTS, Agent
+from rlhf_gym.cli.options import Train
 
 # Settings under which a few rollouts of eight responses move the weights visibly ...
 SETTINGS = {"learning_rate": 1e-2, "num_minibatches": 2}
@@ -76,6 +80,12 @@ def moved(before, after):
 def test_class_and_settings_are_where_people_import_them_from(name):
     for found in (class_of(name), class_of(name).config_class):
         assert getattr(rlhf_gym.agents, found.__name__) is found and found.__name__ in rlhf_gym.agents.__all__
+
+
+def test_every_agent_is_in_the_help_and_has_a_section():
+    assert set(AGENTS) <= set(re.findall(r"[\w-]+", inspect.getsource(Train)))
+    page = (Path(__file__).parents[1] / "docs" / "agents.md").read_text(encoding="utf-8")
+    assert [name for name in BATCHED if f"`--agent {name}`" not in page] == []
 
 
 @pytest.mark.parametrize("name", NAMES)
