@@ -100,14 +100,22 @@ def model_card(*, options: Mapping[str, Any], base_model: str, before: Evaluatio
         prompts=prompts,
         settings=settings,
         versions=versions,
+        how_to_try=_TRY_AGENT.get(options["agent"], _TRY),
     )
 
 
+_TRY = "`rlhf-gym generate --model .` tries it."
+# Of agents that are more than the model which is saved.
+_TRY_AGENT = {
+    "best-of-n": "The model alone is what it was made from: the agent\nkeeps the best of several of its responses under a reward. "
+    "`rlhf-gym evaluate --model .` measures it.",
+    "nlpo": "The model alone is without the\nmask that the agent chooses under; `rlhf-gym generate --model .` has both.",
+}
 _TEMPLATE_CARD = Template("""\
 # $base_model, trained by $agent on $rewards
 
 `$base_model` after reinforcement learning with `rlhf-gym train`. The model is in `model/` and loads with
-`AutoModelForCausalLM.from_pretrained("model")`; `rlhf-gym generate --model .` tries it.
+`AutoModelForCausalLM.from_pretrained("model")`. $how_to_try
 
 ## Evaluation
 

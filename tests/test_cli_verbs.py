@@ -115,6 +115,7 @@ def test_train_evaluate_generate(place, capsys):
 def test_an_agent_that_is_not_its_language_model_alone_is_measured_as_it_acts(place, capsys, agent, config):
     assert train(f"{place}:goodness", "--agent", agent, "--config", config) == 0
     trained = [json.loads(line) for line in Path("runs/x/samples_after.jsonl").read_text().splitlines()]
+    assert "The model alone is" in Path("runs/x/README.md").read_text()
     command = ["evaluate", "--reward", f"{place}:goodness", *"--prompts prompts.jsonl --max-response-tokens 6".split()]
     more = "--num-episodes 8 --out samples.jsonl --overwrite".split()
     capsys.readouterr()
