@@ -110,6 +110,7 @@ _TRY_AGENT = {
     "best-of-n": "The model alone is what it was made from: the agent\nkeeps the best of several of its responses under a reward. "
     "`rlhf-gym evaluate --model .` measures it.",
     "nlpo": "The model alone is without the\nmask that the agent chooses under; `rlhf-gym generate --model .` has both.",
+    "maskable-ppo": "The model alone is without the\n`top_k` that the agent may have; `rlhf-gym generate --model .` has both.",
 }
 _TEMPLATE_CARD = Template("""\
 # $base_model, trained by $agent on $rewards

@@ -111,7 +111,9 @@ def test_train_evaluate_generate(place, capsys):
     assert [text.split()[:2] for text in texts] == [["the", "cat"]] * 2 + [["a", "dog"]] * 2
 
 
-@pytest.mark.parametrize(("agent", "config"), [("best-of-n", "num_candidates=4"), ("nlpo", "mask_top_k=1")])
+@pytest.mark.parametrize(
+    ("agent", "config"), [("best-of-n", "num_candidates=4"), ("nlpo", "mask_top_k=1"), ("maskable-ppo", "top_k=1")]
+)
 def test_an_agent_that_is_not_its_language_model_alone_is_measured_as_it_acts(place, capsys, agent, config):
     assert train(f"{place}:goodness", "--agent", agent, "--config", config) == 0
     trained = [json.loads(line) for line in Path("runs/x/samples_after.jsonl").read_text().splitlines()]
@@ -126,7 +128,7 @@ def test_an_agent_that_is_not_its_language_model_alone_is_measured_as_it_acts(pl
     assert [s["kl"] for s in again] == pytest.approx([s["kl"] for s in trained], abs=1e-4)
     assert sum(s["kl"] for s in again) / 8 > 0.5
     # Without its reference the model has to stand in for it, and is another policy than the agent.
-    assert main([*command, "--model", "runs/x/model"]) == 2 and "or --reference" in one_line(capsys)
+    assert main([*command, "--model", "runs/x/model"]) == 2 and "the directory of its run" in one_line(capsys)
 
     generate = "generate --prompt the --num-samples 8 --max-response-tokens 6".split()
     assert main([*generate, "--model", "base"]) == 0
@@ -137,7 +139,7 @@ def test_an_agent_that_is_not_its_language_model_alone_is_measured_as_it_acts(pl
     else:  # one token is allowed in each state, so there is one response
         assert main([*generate, "--model", "runs/x"]) == 0
         assert len(set(capsys.readouterr().out.strip().split("\n\n"))) == 1
-        assert main([*generate, "--model", "runs/x", "--top-k", "3"]) == 2 and "leave them out" in one_line(capsys)
+        assert main([*generate, "--model", "runs/x", "--top-k", "3"]) == 2 and "a mask of its own" in one_line(capsys)
 
 
 def test_several_rewards_with_weights(place, capsys):

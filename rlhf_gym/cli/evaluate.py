@@ -11,7 +11,7 @@ from rlhf_gym.atomic import write_text
 from rlhf_gym.cli.files import new_file
 from rlhf_gym.cli.options import Evaluate
 from rlhf_gym.cli.red_team import run_red_team
-from rlhf_gym.cli.saved import BestOf, acting_policy
+from rlhf_gym.cli.saved import BestOf, acting_policy, own_reference
 from rlhf_gym.cli.setup import make_envs, model_source, quiet_transformers
 from rlhf_gym.cli.tables import print_comparison
 from rlhf_gym.data import write_jsonl
@@ -31,7 +31,7 @@ def run(options: Evaluate) -> int:
     quiet_transformers()
     lm = load_language_model(model_source(options.model), device=options.device, dtype=options.dtype)
     policy = acting_policy(options, lm)
-    source = options.reference or _own_reference(options.model)
+    source = options.reference or own_reference(options.model)
     if source is None and policy is not lm.model:
         raise ValueError(
             f"--model {options.model} holds an agent that is not its language model alone; give the directory of its run, "
@@ -103,11 +103,3 @@ def _as_json(found: Evaluation, reference: Evaluation | None) -> dict[str, Any]:
         return found.summary()
     shares = {name: as_json(share) for name, share in found.against(reference).items()}
     return {**found.summary(), **shares, "reference": reference.summary()}
-
-
-def _own_reference(model: str) -> str | None:
-    """What a run directory's model was trained from, None when it is no run."""
-    config = Path(model).expanduser() / "config.json"
-    if model_source(model) == model or not config.is_file():
-        return None
-    return json.loads(config.read_text(encoding="utf-8")).get("options", {}).get("model")
