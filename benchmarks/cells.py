@@ -16,6 +16,12 @@ import numpy as np
 
 from rlhf_gym.atomic import write_text
 
+# What a commit has to touch for numbers to be other ones: code, and the weights, texts and prompts beside it.
+CODE = (
+    ":/*.py", ":/rlhf_gym", ":/examples", ":/pyproject.toml", ":/setup.cfg", ":/constraints.txt",
+    ":(top,exclude)tests",
+)  # fmt: skip
+
 
 def read_cells(path: Path) -> list[dict[str, Any]]:
     """The cells of a file, in its order; none where there is no file.
@@ -58,8 +64,8 @@ def write_cells(path: Path, cells: Sequence[dict[str, Any]], order: Callable[[di
 
 
 def provenance() -> dict[str, Any]:
-    """What figures are measured with. ``commit`` is that of the package, with ``-dirty`` where its code has been
-    changed since; None where it is installed from no checkout of its own."""
+    """What figures are measured with. ``commit`` is the last of the package that touched its code, with ``-dirty`` where
+    that has been changed since; None where it is installed from no checkout of its own."""
     packages = ("torch", "transformers", "gymnasium", "stable-baselines3", "sb3-contrib", "numpy")
     return {
         "commit": _commit(),
@@ -83,7 +89,17 @@ def _commit() -> str | None:
     if git("ls-files", "--error-unmatch", Path(__file__).name) is None:
         return None
     changed = git("diff", "--quiet", "HEAD", "--", ":/*.py") is None
-    return f"{git('rev-parse', '--short', 'HEAD')}{'-dirty' if changed else ''}"
+    return f"{git('log', '-1', '--format=%h', '--', *CODE)}{'-dirty' if changed else ''}"
+
+
+def failed_score(seen: Sequence[float], reference: float = 0.0) -> float:
+    """What a failed cell counts: it leaves one with the reference, or worse.
+
+    Args:
+        seen: What it was seen to score, the last at the end.
+        reference: What the reference scores.
+    """
+    return min(reference, seen[-1]) if seen else reference
 
 
 def mean_and_half_width(values: Sequence[float]) -> tuple[float, float]:

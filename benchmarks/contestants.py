@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import difflib
+import functools
+import hashlib
 import importlib
+import importlib.util
 import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 from rlhf_gym.agents import AGENTS
@@ -24,6 +28,7 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     # A stock policy on the wrappers HiddenStateObservation and TopKAction.
     "mlp-ppo": ("rlhf_gym.agents.sb3.mlp:MlpPPO", {}),
 }
+TOLD_BY_VERSION = ("rlhf_gym", "stable_baselines3", "sb3_contrib")  # packages whose agents a cell's record says all of
 
 
 def load_agent(name: str) -> Callable[..., Any]:
@@ -60,20 +65,78 @@ def load_agent(name: str) -> Callable[..., Any]:
     return found
 
 
-def _import(place: str, name: str) -> Any:
-    path = Path(place).expanduser()
-    if place.endswith(".py") and not path.is_file():
-        raise ValueError(f"--agents {name}: there is no file {place!r} here ({Path.cwd()})")
+def known_name(name: str) -> str:
+    """The name that an agent's settings are kept under: ``stable_baselines3:PPO`` is made by ours, "sb3-ppo".
+
+    Args:
+        name: As for `load_agent`.
+
+    Returns:
+        A name of `AGENTS` that makes the very same class, else the name itself.
+    """
+    if ":" not in name:
+        return name
+    found = load_agent(name)
+    for known, path in AGENTS.items():
+        place, _, attribute = path.partition(":")
+        # If it is this class then its module is loaded: nothing else has to be.
+        if getattr(sys.modules.get(place), attribute, None) is found:
+            return known
+    return name
+
+
+def file_hash(name: str) -> str | None:
+    """The SHA-256 (16 hexadecimal digits) of the file that an agent's name points to; not of what that file imports.
+
+    None where commit and versions say it already: agents of this package and of Stable-Baselines3.
+    """
+    place = name.rpartition(":")[0]
+    if not place or (not place.endswith(".py") and place.partition(".")[0] in TOLD_BY_VERSION):
+        return None
+    file = _import(place, name).__file__
+    return None if file is None else _first_hash(Path(file))
+
+
+@functools.cache
+def _first_hash(path: Path) -> str:
+    """Kept, as the module is: what is edited later is not what this process runs."""
+    return hashlib.sha256(path.read_bytes()).hexdigest()[:16]
+
+
+def _import(place: str, name: str) -> ModuleType:
+    if place.endswith(".py"):
+        return _import_file(Path(place).expanduser(), name)
     # Console scripts, unlike `python -m`, do not look in the working directory; at the end, so that nothing is hidden.
-    folder, module = (str(path.resolve().parent), path.stem) if place.endswith(".py") else (os.getcwd(), place)
-    if folder not in sys.path:
-        sys.path.append(folder)
+    if os.getcwd() not in sys.path:
+        sys.path.append(os.getcwd())
     try:
-        return importlib.import_module(module)
+        return importlib.import_module(place)
     except ModuleNotFoundError as error:
-        if error.name != module.partition(".")[0] and error.name != module:
+        if error.name != place.partition(".")[0] and error.name != place:
             raise  # an import inside it, which is the author's to see as it is
-        raise ValueError(f"--agents {name}: there is no module {module!r} on the Python path or here") from None
+        raise ValueError(f"--agents {name}: there is no module {place!r} on the Python path or here") from None
+
+
+def _import_file(path: Path, name: str) -> ModuleType:
+    """Runs a file as a module, once in a process, under a name that no other file and no other module has."""
+    if not path.is_file():
+        raise ValueError(f"--agents {name}: there is no file {str(path)!r} here ({Path.cwd()})")
+    path = path.resolve()
+    module_name = f"agent_file_{hashlib.sha256(str(path).encode()).hexdigest()[:16]}"
+    if module_name in sys.modules:
+        return sys.modules[module_name]
+    spec = importlib.util.spec_from_file_location(module_name, path)
+    assert spec is not None and spec.loader is not None, "a .py file has a loader"
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[module_name] = module  # before it runs: dataclasses look themselves up there
+    if str(path.parent) not in sys.path:
+        sys.path.append(str(path.parent))  # so that it finds its neighbours, as under `python file.py`
+    try:
+        spec.loader.exec_module(module)
+    except BaseException:
+        del sys.modules[module_name]
+        raise
+    return module
 
 
 def settings_of(agents: Sequence[str], pairs: Sequence[str]) -> dict[str, dict[str, Any]]:

@@ -23,7 +23,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from .cells import read_cells
+from .cells import failed_score, read_cells
 from .known_answers import TASKS
 from .runner import RESULTS, TIMINGS, as_text
 from .statistics import iqm
@@ -251,7 +251,7 @@ def _run(
         failure = "nan"
     if failure is not None:
         seen = [value for _, value in points if math.isfinite(value)] + [last] * math.isfinite(last)
-        last = min(0.0, seen[-1]) if seen else 0.0
+        last = failed_score(seen)
     whole = [i for i, (_, value) in enumerate(points) if math.isfinite(value)]
     return Run(
         label, _task(cell), cell["seed"], failure, last,

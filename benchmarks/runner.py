@@ -15,17 +15,17 @@ import contextlib
 import functools
 import json
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from . import tuning
 from .cells import append_cell, provenance, read_cells, write_cells
-from .contestants import load_agent
+from .contestants import file_hash, known_name, load_agent
 from .processes import run_cells
 from .progress import Progress
-from .suites import Suite, make_envs, make_policy, suite_named
+from .suites import Suite, make_envs, make_policy, model_hash, suite_named
 from .training import describe, run_cell
 
 RESULTS, TIMINGS, TUNING = "results.jsonl", "timings.jsonl", "tuning.jsonl"
@@ -112,22 +112,25 @@ def run(plan: Plan, out: Path, *, jobs: int, progress: Progress, allow_mixed: bo
         All cells of ``results.jsonl``.
 
     Raises:
-        ValueError: If an agent cannot be made, another run is at work in the directory, or cells would be mixed.
+        ValueError: If an agent cannot be made, another run is at work in the directory, cells would be mixed, or an
+            agent's file or the model of Stories has changed.
     """
     with _directory(out), _locked(out):
-        now = provenance()
+        now, names = provenance(), {agent: known_name(agent) for agent in plan.agents}
         measure = functools.partial(_measure, plan, out, now, jobs=jobs, progress=progress, allow_mixed=allow_mixed)
         if plan.tune:
             drawn = {
-                agent: [tuning.draw(agent, plan.policy_kind, n, plan.settings[agent]) for n in range(plan.tune)]
-                for agent in plan.agents
+                agent: [tuning.draw(name, plan.policy_kind, n, plan.settings[agent]) for n in range(plan.tune)]
+                for agent, name in names.items()
             }
             swept = measure(TUNING, plan.keys(drawn, [tuning.SEED]))
             configs = {
                 agent: [tuning.best([cell for cell in swept if cell["agent"] == agent])] for agent in plan.agents
             }
         else:
-            configs = {agent: [tuning.preset(agent, plan.policy_kind) | plan.settings[agent]] for agent in plan.agents}
+            configs = {
+                agent: [tuning.preset(name, plan.policy_kind) | plan.settings[agent]] for agent, name in names.items()
+            }
         measure(RESULTS, plan.keys(configs, range(plan.num_seeds)))
         return read_cells(out / RESULTS)
 
@@ -140,6 +143,8 @@ def _measure(
     done = {as_text(cell): cell for cell in read_cells(out / name)}
     keys = list({as_text(key): key for key in wanted}.values())
     missing = [key for key in keys if as_text(key) not in done]
+    used = _used(keys, plan.stories)
+    _refuse_others(out / name, done.values(), used)
     if missing:
         if not allow_mixed:
             _refuse_mixing(out / name, list(done.values()), now)
@@ -149,7 +154,8 @@ def _measure(
         with contextlib.closing(cells):  # type: ignore[type-var] # a generator
             for key, found in cells:
                 timing = {name: found.pop(name) for name in ("seconds", "curve_seconds")}
-                cell = key | found | now
+                hashes = {what: used[what] for what in (key["agent"], key["task"]) if what in used}
+                cell = key | found | {"sha256": hashes} | now
                 append_cell(out / TIMINGS, key | timing)
                 append_cell(out / name, cell)  # last: a cell that is there has its timing
                 done[as_text(key)] = cell
@@ -201,12 +207,17 @@ def rerun(out: Path, line: int, stories: str | None = None) -> tuple[dict[str, A
         The cell, and the names of what is not the same now; none where all numbers are equal.
 
     Raises:
-        ValueError: If there is no such line.
+        ValueError: If there is no such line, or what it used is not there or not the same.
     """
     cells = read_cells(out / RESULTS)
     if not 1 <= line <= len(cells):
         raise ValueError(f"--rerun takes lines of {out / RESULTS}, which has {len(cells)}, got {line}")
     cell = cells[line - 1]
+    if cell["task"] not in suite_named(cell["suite"], stories).tasks:
+        raise ValueError(
+            f"--rerun {line} is a cell of the task {cell['task']}; give --stories the directory of its model"
+        )
+    _refuse_others(out / RESULTS, [cell], _used([cell], stories))
     ((_, found),) = run_cells(functools.partial(run_cell, stories=stories), [{name: cell[name] for name in KEY}])
     different = [name for name in ("status", "failure", "curve") if found[name] != cell[name]]
     names = dict.fromkeys((*cell["metrics"], *found["metrics"]))
@@ -215,8 +226,27 @@ def rerun(out: Path, line: int, stories: str | None = None) -> tuple[dict[str, A
 
 def _of_dead_process(key: dict[str, Any], code: int) -> dict[str, Any]:
     failure = f"exception: ProcessDied: twice, with exit code {code}"
-    found = {"status": "failed", "failure": failure, "metrics": {}, "curve": []}
+    found = {"settings": {}, "status": "failed", "failure": failure, "metrics": {}, "curve": []}
     return found | {"seconds": {}, "curve_seconds": []}
+
+
+def _used(keys: Sequence[dict[str, Any]], stories: str | None) -> dict[str, str]:
+    """What cells use beyond this package: the hash of each agent's file and, as "Stories", of the model of that task."""
+    found = {agent: file_hash(agent) for agent in dict.fromkeys(key["agent"] for key in keys)}
+    if stories is not None and any(key["task"] == "Stories" for key in keys):
+        found["Stories"] = model_hash(stories)
+    return {name: digest for name, digest in found.items() if digest is not None}
+
+
+def _refuse_others(path: Path, cells: Iterable[dict[str, Any]], used: dict[str, str]) -> None:
+    """Whatever --allow-mixed says: that is for one agent on other versions, and this is another agent of its name."""
+    for cell in cells:
+        for name, then in cell.get("sha256", {}).items():  # cells of old have none
+            if used.get(name, then) != then:
+                raise ValueError(
+                    f"{path} holds cells of another {name} (SHA-256 {then}, now {used[name]}). Choose another --out, or "
+                    "put back what they were measured with"
+                )
 
 
 def _refuse_mixing(path: Path, cells: Sequence[dict[str, Any]], now: dict[str, Any]) -> None:

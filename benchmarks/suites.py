@@ -9,6 +9,7 @@ is there when the directory of its model is given.
 from __future__ import annotations
 
 import copy
+import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -110,6 +111,18 @@ def suite_named(name: str, stories: str | None = None) -> Suite:
         raise ValueError("the task Stories needs the folder examples/stories of the repository, install from there")
     task = Task(**{**vars(STORIES), "arguments": {**STORIES.arguments, "model": stories}})
     return Suite({**suite.tasks, "Stories": task}, suite.policies, suite.num_envs, is_exact=False)
+
+
+def model_hash(directory: str) -> str:
+    """The SHA-256 (16 hexadecimal digits) of the weights of a model.
+
+    Raises:
+        ValueError: If the directory holds none.
+    """
+    files = sorted(Path(directory).glob("*.safetensors"))
+    if not files:
+        raise ValueError(f"--stories must be a directory with a model's *.safetensors, got {directory!r}")
+    return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()[:16]
 
 
 def make_envs(suite: Suite, task: str, num_envs: int, **changes: Any) -> Any:

@@ -10,6 +10,8 @@ measured.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
+import json
 import math
 import os
 import random
@@ -117,12 +119,13 @@ def run_cell(
     """Trains once and measures; the arguments are the cell's key.
 
     Returns:
-        ``status``, ``failure``, ``metrics`` and ``curve``, which depend on nothing but the key and the versions (with a
-        budget in seconds on the machine, too), and ``seconds`` and ``curve_seconds``.
+        ``settings``, ``status``, ``failure``, ``metrics`` and ``curve``, which depend on nothing but the key and the
+        versions (with a budget in seconds on the machine, too), and ``seconds`` and ``curve_seconds``.
     """
     tasks = suite_named(suite, stories)
     failure: str | None = None
     learner: Any = None
+    settings: dict[str, Any] = {}
     curve: list[dict[str, float]] = []
     curve_seconds: list[float] = []
     with _seeded(seed), warnings.catch_warnings():
@@ -155,6 +158,7 @@ def run_cell(
 
         try:
             learner = load_agent(agent)(envs, policy=model, seed=seed, **config)
+            settings = all_settings(learner)
             look(quick=tasks.is_exact)  # where only samples tell, the zero of the scale deserves as many as the end
             learner.learn(budget_tokens, callback=after_update)
         except Exception as error:
@@ -173,9 +177,21 @@ def run_cell(
     elif failure is None and known.get("kl", 0.0) > KL_BOUND * envs.unwrapped.max_response_tokens:
         failure = "kl"
     return {
-        "status": "failed" if failure else "ok", "failure": failure, "metrics": known | usage, "curve": curve,
-        "seconds": seconds, "curve_seconds": curve_seconds,
+        "settings": settings, "status": "failed" if failure else "ok", "failure": failure, "metrics": known | usage,
+        "curve": curve, "seconds": seconds, "curve_seconds": curve_seconds,
     }  # fmt: skip
+
+
+def all_settings(learner: Any) -> dict[str, Any]:
+    """All settings of an agent, its defaults included: of its ``config``, a dataclass or a dict, what JSON can hold."""
+    config = getattr(learner, "config", None)
+    if dataclasses.is_dataclass(config) and not isinstance(config, type):
+        config = {each.name: getattr(config, each.name) for each in dataclasses.fields(config)}
+    found = {}
+    for name, value in config.items() if isinstance(config, dict) else ():
+        with contextlib.suppress(TypeError, ValueError):
+            found[name] = json.loads(json.dumps(value, allow_nan=False))
+    return found
 
 
 def has_sound_weights(learner: Any) -> bool:

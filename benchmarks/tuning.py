@@ -17,6 +17,7 @@ import numpy as np
 
 from rlhf_gym.agents import AGENTS
 
+from .cells import failed_score
 from .contestants import VARIANTS
 
 SEED = 1_000_000  # of all tuning runs; the benchmark's count from 0
@@ -36,11 +37,24 @@ LEARNING_RATES = {
     "lstm": LogUniform(2e-4, 2e-2),
     "reference": LogUniform(3e-5, 1e-3),
 }
+# How often a rollout is gone over or divided, and how far a critic is trusted.
+COUNTS, LAMBDAS = [1, 2, 4], [0.9, 0.95, 1.0]
+FRACTIONS = [0.2, 0.5, 0.8]  # of a run, spent on exploring less and less
 # Agent -> what is searched beside its learning rate (None: nothing learns at one): a range, or a list to choose from.
 # Agents that are not here, anybody's among them, have their learning rate tuned.
 SPACES: dict[str, dict[str, Any]] = {
-    "ppo": {"num_epochs": [1, 2, 4], "gae_lambda": [0.9, 0.95, 1.0]},
-    "sb3-ppo": {"n_epochs": [1, 2, 4], "gae_lambda": [0.9, 0.95, 1.0]},
+    **dict.fromkeys(("ppo", "nlpo"), {"num_epochs": COUNTS, "gae_lambda": LAMBDAS}),
+    "soft-q": {"num_epochs": COUNTS, "td_lambda": LAMBDAS},
+    **dict.fromkeys(("sb3-ppo", "maskable-ppo", "recurrent-ppo"), {"n_epochs": COUNTS, "gae_lambda": LAMBDAS}),
+    # Its network is no table, whatever the policy.
+    "mlp-ppo": {"learning_rate": LEARNING_RATES["transformer"], "n_epochs": COUNTS, "gae_lambda": LAMBDAS},
+    "a2c": {"gae_lambda": LAMBDAS},
+    **dict.fromkeys(
+        ("rloo", "grpo", "vargrad", "expert-iteration", "online-dpo"),
+        {"num_epochs": COUNTS, "num_minibatches": COUNTS},
+    ),
+    **dict.fromkeys(("reinforce", "remax"), {"num_minibatches": COUNTS}),  # one pass: nothing is clipped
+    **dict.fromkeys(("dqn", "qrdqn"), {"replay_ratio": [0.5, 1.0, 2.0], "exploration_fraction": FRACTIONS}),
     # Its learning rate is the critic's.
     "trpo": {
         "learning_rate": LogUniform(1e-3, 1e-1), "relative_damping": [True],
@@ -48,7 +62,7 @@ SPACES: dict[str, dict[str, Any]] = {
     },
     "best-of-n": {"learning_rate": None, "num_candidates": [2, 4, 8, 16, 32, 64]},
     "q-learning": {
-        "learning_rate": None, "step_power": [0.5, 0.6, 0.7, 0.8, 0.9, 1.0], "exploration_fraction": [0.2, 0.5, 0.8],
+        "learning_rate": None, "step_power": [0.5, 0.6, 0.7, 0.8, 0.9, 1.0], "exploration_fraction": FRACTIONS,
     },
 }  # fmt: skip
 # Without tuning: the step that suits a policy, found with PPO (for a reference with RLOO: one step per rollout) ...
@@ -93,13 +107,19 @@ PRESETS: dict[tuple[str, str], dict[str, Any]] = {
 def preset(agent: str, policy: str) -> dict[str, Any]:
     """An agent's settings where neither the command line nor the tuning says otherwise."""
     base, own = VARIANTS.get(agent, (agent, {}))
-    learns_at_a_rate = base in AGENTS and "learning_rate" not in SPACES.get(base, {})
+    learns_at_a_rate = base in AGENTS and "learning_rate" not in _space(agent)
     common = {"learning_rate": RATES[policy]} if learns_at_a_rate and policy in RATES else {}
     return own | PRESETS.get((agent, policy), common)
 
 
+def _space(agent: str) -> dict[str, Any]:
+    return SPACES.get(agent) or SPACES.get(VARIANTS.get(agent, (agent, {}))[0], {})
+
+
 def draw(agent: str, policy: str, number: int, fixed: dict[str, Any]) -> dict[str, Any]:
-    """An agent's random configuration of this number; it does not depend on how many there are.
+    """An agent's random configuration of this number: its preset, with what is searched drawn anew.
+
+    It does not depend on how many there are.
 
     Args:
         agent, policy: Which space.
@@ -107,9 +127,8 @@ def draw(agent: str, policy: str, number: int, fixed: dict[str, Any]) -> dict[st
         fixed: Settings that are given, and not searched.
     """
     rng = np.random.default_rng([zlib.crc32(agent.encode()), number])
-    base, found = VARIANTS.get(agent, (agent, {}))
-    found = dict(found)
-    for name, space in ({"learning_rate": LEARNING_RATES[policy]} | SPACES.get(base, {})).items():
+    found = preset(agent, policy)
+    for name, space in ({"learning_rate": LEARNING_RATES[policy]} | _space(agent)).items():
         if space is None:
             continue
         if isinstance(space, LogUniform):
@@ -123,11 +142,26 @@ def draw(agent: str, policy: str, number: int, fixed: dict[str, Any]) -> dict[st
 def best(cells: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """The configuration with the best mean over the cells of one agent's tuning; the first of equal ones.
 
-    A cell without a measure, because it failed before there was any, counts as minus infinity.
+    A failed cell counts no more than the reference, as in the tables (`failed_score`); one without a measure, because
+    it failed before there was any, minus infinity.
     """
     values: dict[str, list[float]] = {}
     for cell in cells:
-        metrics = cell["metrics"]
-        value = metrics.get("normalised", metrics.get("objective", -math.inf))
-        values.setdefault(json.dumps(cell["config"]), []).append(value)
+        values.setdefault(json.dumps(cell["config"]), []).append(_score(cell))
     return json.loads(max(values, key=lambda config: sum(values[config]) / len(values[config])))
+
+
+def _score(cell: dict[str, Any]) -> float:
+    """Normalised score, or the objective where no optimum is known. There a cell begins at the reference's."""
+    records = [*cell["curve"], cell["metrics"]]
+    is_known = any("normalised" in record for record in records)
+
+    def score(record: dict[str, Any]) -> float:
+        if is_known or "objective" in record:
+            return record.get("normalised" if is_known else "objective", math.nan)
+        return record.get("score", math.nan) - cell["kl_coef"] * record.get("kl", math.nan)
+
+    seen = [value for value in map(score, records) if math.isfinite(value)]
+    if not seen:
+        return -math.inf
+    return seen[-1] if cell["status"] == "ok" else failed_score(seen, 0.0 if is_known else seen[0])

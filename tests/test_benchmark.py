@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+import dataclasses
+import hashlib
 import json
 import math
 import multiprocessing
 import random
+import shutil
+import statistics
+import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -15,9 +21,11 @@ import numpy as np
 import pytest
 
 import rlhf_gym  # noqa: F401 - registers the ids
-from rlhf_gym.benchmarks import runner, tuning
+from rlhf_gym.agents import AGENTS
+from rlhf_gym.benchmarks import cells as table
+from rlhf_gym.benchmarks import contestants, runner, tuning
 from rlhf_gym.benchmarks.cells import append_cell, provenance, read_cells
-from rlhf_gym.benchmarks.contestants import load_agent, settings_of
+from rlhf_gym.benchmarks.contestants import VARIANTS, known_name, load_agent, settings_of
 from rlhf_gym.benchmarks.processes import run_cells
 from rlhf_gym.benchmarks.progress import Progress, as_duration
 from rlhf_gym.cli import main
@@ -37,6 +45,14 @@ def plan(agents=("ppo",), settings=None, **changes):
     settings = {agent: {} for agent in agents} | (settings or {})
     small = {"tasks": ["WoAiNi", "Difficulty"], "num_seeds": 2, "num_envs": 32, "budget_tokens": 250}
     return runner.Plan(suite="exact", agents=agents, settings=settings, **(small | changes))
+
+
+@pytest.fixture
+def nothing_is_run(monkeypatch):
+    """Every cell is found to be good at once."""
+    found = {"status": "ok", "failure": None, "metrics": {}, "curve": [], "seconds": {"total": 1}, "curve_seconds": []}
+    monkeypatch.setattr(runner, "check_agents", lambda *arguments: None)
+    monkeypatch.setattr(runner, "run_cell", lambda **key: dict(found))
 
 
 def run(where, the_plan=None, jobs=1, **options):
@@ -142,10 +158,96 @@ def test_other_versions_are_not_mixed_unasked(tmp_path, monkeypatch):
     assert [cell["commit"] for cell in cells] == ["abc1234", "fff"] * 2
 
 
+def test_an_edited_agent_is_another_one(tmp_path, nothing_is_run):
+    file, out = tmp_path / "mine.py", tmp_path / "x"
+    file.write_text("from benchmark_agents import Idle as Mine\n")
+    name = f"{file}:Mine"
+    first, others = plan((name,), tasks=["WoAiNi"], num_seeds=1), plan((name,), tasks=["Difficulty"], num_seeds=1)
+    cells = run(out, first)
+    assert [cell["sha256"] for cell in cells] == [{name: hashlib.sha256(file.read_bytes()).hexdigest()[:16]}] * 2
+    before = (out / "results.jsonl").read_bytes()
+    file.write_text("from benchmark_agents import GoesFar as Mine\n")
+    run(out, first)  # this process has loaded the file, and goes on with what it has loaded
+    contestants._first_hash.cache_clear()  # another would see
+    for the_plan in (first, others):  # neither is it done, nor do its other cells belong to it
+        for allow_mixed in (False, True):
+            with pytest.raises(ValueError, match=r"holds cells of another .*mine\.py:Mine \(SHA-256 .* put back"):
+                run(out, the_plan, allow_mixed=allow_mixed)
+    with pytest.raises(ValueError, match="holds cells of another"):
+        runner.rerun(out, 1)
+    assert (out / "results.jsonl").read_bytes() == before
+    assert [cell["sha256"] for cell in run(out, plan(tasks=["WoAiNi"], num_seeds=1))[-2:]] == [{}] * 2
+    # Cells of old do not say what they used.
+    (out / "results.jsonl").write_text("".join(json.dumps(cell | {"sha256": {}}) + "\n" for cell in cells))
+    run(out, others)
+    for cell in cells:
+        del cell["sha256"]
+    (out / "results.jsonl").write_text("".join(json.dumps(cell) + "\n" for cell in cells))
+    assert len(run(out, others)) == 4
+
+
+def test_another_model_of_stories_is_another_task(tmp_path, nothing_is_run):
+    def stories(folder, **changes):
+        the_plan = {"suite": "tiny", "agents": ["ppo"], "settings": {"ppo": {}}, "num_seeds": 1, "stories": str(folder)}
+        return runner.Plan(**(the_plan | changes))
+
+    one, other = tmp_path / "one", tmp_path / "other"
+    for folder in (one, other):
+        folder.mkdir()
+        (folder / "model.safetensors").write_bytes(folder.name.encode())
+    cells = run(tmp_path / "x", stories(one))
+    told = {cell["task"]: cell["sha256"] for cell in cells}
+    assert told.pop("Stories") == {"Stories": hashlib.sha256(b"one").hexdigest()[:16]} and not any(told.values())
+    with pytest.raises(ValueError, match="holds cells of another Stories"):
+        run(tmp_path / "x", stories(other))
+    run(tmp_path / "x", stories(other, tasks=["Keyword"]))  # which has another model
+    run(tmp_path / "x", stories(one))
+    with pytest.raises(ValueError, match=r"--stories must be a directory with a model's \*.safetensors, got"):
+        run(tmp_path / "x", stories(tmp_path))
+
+
+def test_stories_is_rerun_with_its_model_only(tmp_path, capsys):
+    key = dict.fromkeys(runner.KEY) | {"suite": "tiny", "task": "Stories", "agent": "ppo", "kl_coef": 0.05, "seed": 0}
+    (tmp_path / "results.jsonl").write_text(json.dumps(key | {"metrics": {}}) + "\n")
+    assert main(["benchmark", "--out", str(tmp_path), "--rerun", "1"]) == 2
+    says = "rlhf-gym: --rerun 1 is a cell of the task Stories; give --stories the directory of its model"
+    assert capsys.readouterr().err.splitlines() == [says]
+
+
 def test_provenance_is_the_packages_own(tmp_path, monkeypatch):
     commit = provenance()["commit"]
     monkeypatch.chdir(tmp_path)  # which is no checkout
     assert provenance()["commit"] == commit
+
+
+@pytest.mark.skipif(shutil.which("git") is None, reason="needs git")
+def test_a_commit_counts_that_touches_code(tmp_path, monkeypatch):
+    def git(*arguments):
+        identity = ["-c", "user.name=x", "-c", "user.email=x@example.org", "-c", "commit.gpgsign=false"]
+        done = subprocess.run(
+            ["git", "-C", tmp_path, *identity, *arguments], check=True, capture_output=True, text=True
+        )
+        return done.stdout.strip()
+
+    def commits(name):
+        path = tmp_path / name
+        path.parent.mkdir(exist_ok=True)
+        path.write_text("x = 1\n")
+        git("add", name)
+        git("commit", "-q", "-m", name)
+        return git("rev-parse", "--short", "HEAD")
+
+    git("init", "-q")
+    monkeypatch.setattr(table, "__file__", str(tmp_path / "benchmarks" / "cells.py"))
+    last = commits("benchmarks/cells.py")
+    for name in ("README.md", "docs/benchmark.md", "tests/test_x.py", "results.jsonl"):
+        commits(name)
+        assert provenance()["commit"] == last
+    for name in ("agents/ppo.py", "setup.cfg", "rlhf_gym/words.txt", "examples/prompts.jsonl"):
+        last = commits(name)
+        assert provenance()["commit"] == last
+    (tmp_path / "agents" / "ppo.py").write_text("x = 2\n")
+    assert provenance()["commit"].endswith("-dirty")
 
 
 # ---- tuning
@@ -182,6 +284,46 @@ def test_draws():
     assert tuning.draw("ppo", "tabular", 7, {}) != tuning.draw("trpo", "tabular", 7, {})
 
 
+def test_draws_are_presets_with_something_drawn_anew():
+    """What is not searched stays: without it an agent would be tuned around another one."""
+    for agent, policy, kept in (
+        ("dr-grpo", "tabular", {"divide_by_std": False, "loss_mode": "constant", "kl_placement": "reward"}),
+        ("dqn", "tabular", {"batch_size": 1024}),
+        ("dqn-reference", "reference", {"exploration": "reference"}),
+        ("trpo", "reference", {"n_steps": 24}),
+        ("maskable-ppo", "reference", {"top_k": 16}),
+    ):
+        assert tuning.draw(agent, policy, 3, {}).items() >= kept.items()
+    tuning.draw("ppo", "tabular", 0, {})
+    assert tuning.preset("ppo", "tabular") == {"learning_rate": 0.02}  # and is not drawn into
+
+
+def test_similar_agents_are_searched_alike():
+    def searched(agent):
+        drawn = [tuning.draw(agent, "tabular", number, {}) for number in range(40)]
+        return {name for name in drawn[0] if len({each[name] for each in drawn}) > 1}
+
+    rate = {"learning_rate"}
+    for agents, names in (
+        (("ppo", "nlpo"), {"num_epochs", "gae_lambda"}),
+        (("soft-q",), {"num_epochs", "td_lambda"}),
+        (("sb3-ppo", "maskable-ppo", "recurrent-ppo", "mlp-ppo"), {"n_epochs", "gae_lambda"}),
+        (("rloo", "grpo", "dr-grpo", "vargrad", "online-dpo", "expert-iteration"), {"num_epochs", "num_minibatches"}),
+        (("reinforce", "remax"), {"num_minibatches"}),
+        (("dqn", "qrdqn", "dqn-reference"), {"replay_ratio", "exploration_fraction"}),
+    ):
+        for agent in agents:
+            assert searched(agent) == names | rate, agent
+
+
+@pytest.mark.parametrize("agent", [name for name in (*AGENTS, *VARIANTS) if name != "mlp-ppo"])  # SB3's own settings
+def test_what_is_drawn_are_settings_of_the_agent(agent):
+    for number in range(20):
+        drawn = tuning.draw(agent, "tabular", number, {})
+        config = load_agent(agent).config_class(**drawn)
+        assert dataclasses.asdict(config).items() >= drawn.items()
+
+
 def test_presets():
     assert tuning.preset("ppo", "tabular") == tuning.preset("soft-q", "tabular") == {"learning_rate": 0.02}
     # A variant keeps its settings whatever the policy, and in a search.
@@ -194,12 +336,25 @@ def test_presets():
 
 
 def test_the_best_configuration_by_hand():
-    def cell(rate, **metrics):
-        return {"config": {"learning_rate": rate}, "metrics": metrics}
+    def cell(rate, status="ok", curve=(), **metrics):
+        settings = {"config": {"learning_rate": rate}, "kl_coef": 0.5}
+        return settings | {"status": status, "curve": list(curve), "metrics": metrics}
 
     cells = [cell(1, normalised=0.9), cell(2, normalised=0.5), cell(1, normalised=-1.0), cell(2, normalised=0.4)]
     assert tuning.best(cells) == {"learning_rate": 2}
-    assert tuning.best([cell(1, objective=0.1), cell(2)]) == {"learning_rate": 1}  # 2 has failed
+    assert tuning.best([cell(1, objective=0.1), cell(2, "failed")]) == {"learning_rate": 1}
+    # A failed one leaves one with the reference, 0, or worse: not with what it scored on the way.
+    assert tuning.best([cell(1, "failed", normalised=0.9), cell(2, normalised=0.8)]) == {"learning_rate": 2}
+    assert tuning.best([cell(1, "failed", normalised=0.9), cell(2, normalised=-0.1)]) == {"learning_rate": 1}
+    assert tuning.best([cell(1, "failed", normalised=-0.2), cell(2, normalised=-0.1)]) == {"learning_rate": 2}
+    # Its weights are NaN, and all that is known is its curve.
+    curve = [{"tokens": 0, "normalised": 0.0}, {"tokens": 9, "normalised": -0.3}]
+    assert tuning.best([cell(1, "failed", curve), cell(2, normalised=-0.2)]) == {"learning_rate": 2}
+    assert tuning.best([cell(1, "failed", curve), cell(2, normalised=-0.4)]) == {"learning_rate": 1}
+    # Where no optimum is known, the reference scores .7 - .5 * .2 = .6.
+    curve = [{"tokens": 0, "score": 0.7, "kl": 0.2}, {"tokens": 9, "score": 0.9, "kl": 0.0}]
+    assert tuning.best([cell(1, "failed", curve, objective=0.9), cell(2, objective=0.65)]) == {"learning_rate": 2}
+    assert tuning.best([cell(1, "failed", curve, objective=0.9), cell(2, objective=0.55)]) == {"learning_rate": 1}
 
 
 def test_the_command_line_keeps_tuning_seeds_free(capsys):
@@ -238,6 +393,43 @@ def test_agents_by_name():
     ):
         with pytest.raises(ValueError, match=message):
             load_agent(name)
+
+
+def test_files_of_one_name_are_two_modules(tmp_path):
+    """Their name is taken, too, by a module that is loaded."""
+    names = [f"{tmp_path / folder / 'statistics.py'}:Mine" for folder in ("v1", "v2")]
+    for name in names:
+        file = Path(name.rpartition(":")[0])
+        file.parent.mkdir()
+        file.write_text(
+            f"class Mine:\n    version = {file.parent.name!r}\n\n    def learn(self): ...\n\n    predict = learn\n"
+        )
+    found = [load_agent(name) for name in names]
+    assert [each.version for each in found] == ["v1", "v2"]
+    assert [load_agent(name) for name in names] == found and sys.modules["statistics"] is statistics
+    assert all(sys.modules[each.__module__].Mine is each for each in found)
+    (tmp_path / "broken.py").write_text("raise OSError('no such disk')\n")
+    for _ in range(2):  # it is not half loaded
+        with pytest.raises(OSError, match="no such disk"):
+            load_agent(f"{tmp_path / 'broken.py'}:Mine")
+
+
+def test_an_agent_of_ours_has_its_settings_under_any_name(tmp_path, monkeypatch, nothing_is_run):
+    file = tmp_path / "mine.py"
+    file.write_text("import stable_baselines3\n\n\nclass MyPPO(stable_baselines3.PPO):\n    pass\n")
+    for name, known in (
+        ("stable_baselines3:PPO", "sb3-ppo"), ("sb3_contrib:QRDQN", "qrdqn"), ("rlhf_gym.agents:PPO", "ppo"),
+        ("ppo", "ppo"), ("dr-grpo", "dr-grpo"), ("sb3_contrib:TRPO", None), (f"{file}:MyPPO", None), (EXAMPLE, None),
+    ):  # fmt: skip
+        assert known_name(name) == (known or name)
+    for tune in (0, 2):
+        names = ("stable_baselines3:PPO", "sb3-ppo")
+        run(tmp_path / "x", plan(names, tasks=["WoAiNi"], num_seeds=1, tune=tune))
+        cells = read_cells(tmp_path / "x" / ("tuning.jsonl" if tune else "results.jsonl"))
+        theirs, ours = ([cell["config"] for cell in cells if cell["agent"] == name] for name in names)
+        assert theirs == ours and (tune or ours == [{"learning_rate": 0.03}] * 2)
+    monkeypatch.delitem(sys.modules, "rlhf_gym.agents.sb3")
+    assert known_name(EXAMPLE) == EXAMPLE and "rlhf_gym.agents.sb3" not in sys.modules
 
 
 def test_settings_by_agent():

@@ -15,7 +15,7 @@ import torch
 import rlhf_gym  # noqa: F401 - registers the ids
 from rlhf_gym.benchmarks import training
 from rlhf_gym.benchmarks.suites import SUITES, make_envs, measure, scores_by_predict, suite_named
-from rlhf_gym.benchmarks.training import Meter, OverBudget, describe, run_cell
+from rlhf_gym.benchmarks.training import Meter, OverBudget, all_settings, describe, run_cell
 
 EXAMPLE = f"{Path(__file__).parents[1] / 'examples' / 'custom_agent.py'}:Reinforce"
 KEY = {
@@ -140,6 +140,16 @@ def test_a_cell_by_its_identities():
     assert 10 <= len(curve) <= 14 and np.all(np.diff([point["tokens"] for point in curve]) > 0)
     assert len(found["curve_seconds"]) == len(curve)
     assert found["seconds"]["rollout"] + found["seconds"]["update"] <= found["seconds"]["total"]
+
+
+def test_settings_are_told_that_nobody_gave():
+    assert run_cell(**(KEY | {"agent": "best-of-n", "config": {}}))["settings"]["num_candidates"] == 8
+    found = run_cell(**KEY)["settings"]
+    assert (found["learning_rate"], found["clip_range"], found["num_epochs"]) == (0.02, 0.2, 4)
+    assert fault("Idle")["settings"] == {}
+    agent = benchmark_agents.Idle(None, None)
+    agent.config = {"clip_range": (0.2, 0.28), "device": object(), "rate": math.nan, "names": {"a": None}}
+    assert all_settings(agent) == {"clip_range": [0.2, 0.28], "names": {"a": None}}
 
 
 def test_an_agent_without_a_model_is_measured_by_what_it_says():
