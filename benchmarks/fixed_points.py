@@ -9,6 +9,7 @@ vanishes. Everything is float64.
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -63,23 +64,33 @@ class Estimator:
 
 
 @dataclass(frozen=True)
-class Task:
-    """An environment with one prompt and all its N responses, of at most R tokens.
+class Table:
+    """An environment and its states, each of which is a row of a table.
 
     Attributes:
         envs: The environment.
         solution: Its optimum at the KL coefficient in question.
         reference: log pi_ref of the V tokens in each of the S states (nodes of the solution's graph, layer by layer).
             (S, V) float64.
+    """
+
+    envs: Any
+    solution: Solution
+    reference: Tensor = field(repr=False)
+
+
+@dataclass(frozen=True)
+class Task(Table):
+    """An environment with one prompt and all its N responses, of at most R tokens.
+
+    Attributes:
+        envs, solution, reference: Of a `Table`.
         states: State in which each token is chosen, 0 after the end. (N, R) int64.
         tokens: The tokens, 0 after the end. (N, R) int64.
         mask: True on real tokens. (N, R) bool.
         payoffs: What each token pays, without any KL. (N, R) float64.
     """
 
-    envs: Any
-    solution: Solution
-    reference: Tensor = field(repr=False)
     states: Tensor = field(repr=False)
     tokens: Tensor = field(repr=False)
     mask: Tensor = field(repr=False)
@@ -273,6 +284,31 @@ def fixed_point(
     tolerance: float = 1e-10,
     max_iterations: int = 3000,
 ) -> FixedPoint:
+    """Where an estimator leads from a policy.
+
+    Args:
+        task: From `make_task`.
+        estimator: What to follow.
+        start: Where to begin. None: at the reference, all 0. (S, V) float64.
+        tolerance, max_iterations: Of `follow`.
+    """
+    return follow(
+        lambda residual: expected_gradient(task, residual, estimator),
+        torch.zeros_like(task.reference) if start is None else start,
+        step=1 / max(1.0, task.solution.kl_coef),
+        tolerance=tolerance,
+        max_iterations=max_iterations,
+    )
+
+
+def follow(
+    gradient_at: Callable[[Tensor], tuple[Tensor, Tensor]],
+    residual: Tensor,
+    *,
+    step: float = 1.0,
+    tolerance: float = 1e-10,
+    max_iterations: int = 3000,
+) -> FixedPoint:
     """Follow the expected natural gradient until the gradient vanishes.
 
     The natural gradient of a table is the gradient divided by the probability of each action (the Fisher matrix of a
@@ -280,16 +316,15 @@ def fixed_point(
     are learnt as fast as others. With the KL in the reward, steps of 1 / kl_coef would be soft policy iteration.
 
     Args:
-        task: From `make_task`.
-        estimator: What to follow.
-        start: Where to begin. None: at the reference, all 0. (S, V) float64.
+        gradient_at: Gradient and probability of each action at a policy, see `expected_gradient`.
+        residual: Where to begin. (S, V) float64.
+        step: Length of the first steps.
         tolerance: Norm of the gradient at which to stop.
         max_iterations: Where to stop at the latest: there may be no fixed point.
     """
-    residual = torch.zeros_like(task.reference) if start is None else start
-    step, lowest, since_lowest = 1 / max(1.0, task.solution.kl_coef), float("inf"), 0
+    lowest, since_lowest = float("inf"), 0
     for iteration in range(max_iterations + 1):
-        gradient, actions = expected_gradient(task, residual, estimator)
+        gradient, actions = gradient_at(residual)
         norm = float(gradient.norm())
         if norm < tolerance or iteration == max_iterations:
             break
@@ -302,7 +337,7 @@ def fixed_point(
     return FixedPoint(residual, norm, iteration, converged=norm < tolerance)
 
 
-def measure(task: Task, residual: Tensor) -> Evaluation:
+def measure(task: Table, residual: Tensor) -> Evaluation:
     """How far that policy is from the optimum, by the same `rlhf_gym.exact.evaluate` as any agent."""
     policy = tabular_policy(task.envs)
     # The states of the graph are the table's first rows.
