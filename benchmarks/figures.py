@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import textwrap
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -16,7 +16,7 @@ import numpy as np
 from rlhf_gym.plots import STYLES
 
 from .outcomes import Run, Suite
-from .statistics import Estimate, bootstrap, improvement, profile
+from .statistics import Estimate, bootstrap, improvement, iqm, profile
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -93,58 +93,106 @@ def _interval(axes: Axes, row: int, estimate: Estimate, lowest: float) -> None:
 # ---- small panels
 
 
-def efficiency(suite: Suite, by: str) -> tuple[Figure, dict[str, Curve]] | None:
-    """The IQM over all tasks while the agents learn.
+def efficiency(suite: Suite, by: str) -> Figure | None:
+    """The IQM over all tasks while the agents learn, drawn at recorded points; flat for an agent that learns nothing.
 
     Args:
         suite: The runs.
         by: ``tokens`` or ``seconds``.
 
     Returns:
-        The figure; and of each agent the places and the IQM there. None where no run has a curve.
+        The figure. None where no run has a curve of more than one point.
     """
-    curves: dict[str, Curve] = {}
-    for agent in suite.agents:
-        runs = [run for run in suite.of(agent) if _places(run, by) is not None]
-        if not runs:
-            continue
-        places = [_places(run, by) for run in runs]
-        # From where the last has its first point: before, the mean would be of other tasks than after.
-        start, end = max(x[0] for x in places), max(x[-1] for x in places)
-        grid = np.linspace(start, end, NUM_POINTS)
-        if by == "seconds":
-            grid = np.geomspace(max(start, end / 100), end, NUM_POINTS)
-        tasks = [
-            np.array([score_at(run, grid, by) for run in runs if run.task == task])
-            for task in suite.tasks if any(run.task == task for run in runs)
-        ]  # fmt: skip
-        curves[agent] = grid, bootstrap(tasks, num_resamples=NUM_RESAMPLES)
-    if not curves:
+    runs = {agent: _with_curves(suite.of(agent), by) for agent in suite.agents}
+    grids = {agent: _grid(some, by) for agent, some in runs.items() if some}
+    ends = [end for grid in grids.values() if len(grid) > 1 for end in (grid[0], grid[-1])]
+    if not ends:
         return None
+    curves: dict[str, Curve] = {}
+    for agent, grid in grids.items():
+        x = grid if len(grid) > 1 else np.array([min(ends), max(ends)])
+        of_tasks = ([run for run in runs[agent] if run.task == task] for task in suite.tasks)
+        tasks = [np.array([score_at(run, x, by) for run in some]) for some in of_tasks if some]
+        curves[agent] = x, bootstrap(tasks, num_resamples=NUM_RESAMPLES)
     names = {"tokens": "training tokens", "seconds": "seconds of one run (logarithmic)"}
     ylabel = f"IQM of {'relative' if suite.relative else 'normalised'} score"
-    figure = small_multiples(curves, names[by], ylabel, log=by == "seconds")
-    return figure, curves
+    return small_multiples(curves, names[by], ylabel, log=by == "seconds")
 
 
 def score_at(run: Run, grid: np.ndarray, by: str) -> np.ndarray:
     """What a run scores at given tokens or seconds, in between on the line; after its end, its final score.
 
-    A run that failed drops at its end, whatever it had reached.
+    A run that failed drops at its end, whatever it had reached; one that failed before it was measured counts its
+    final score from the start.
     """
-    return np.interp(grid, _places(run, by), run.scores, right=run.score)
+    x = _places(run, by)
+    return np.interp(grid, x, run.scores, right=run.score) if len(x) else np.full(len(grid), run.score)
 
 
-def first_reaching(curve: Curve, score: float) -> float:
-    """Where a curve of `efficiency` first comes to a score, on the line between its points; NaN where it does not."""
-    grid, values = curve[0], curve[1].value
-    above = np.flatnonzero(values >= score)
-    if len(above) == 0:
+def first_reaching(runs: Sequence[Run], by: str, score: float) -> float:
+    """The first recorded point of any of the runs by which the IQM is at a score; NaN where it does not come there.
+
+    A run counts what it was last measured to score, so this is a point that was measured, and late by at most the
+    distance of two: between two points nothing is known.
+
+    Args:
+        runs: Of one agent.
+        by: ``tokens`` or ``seconds``.
+        score: What to reach.
+    """
+    runs = _with_curves(runs, by)
+    if not runs:
         return math.nan
-    i = int(above[0])
-    if i == 0:
-        return float(grid[0])
-    return float(grid[i - 1] + (score - values[i - 1]) / (values[i] - values[i - 1]) * (grid[i] - grid[i - 1]))
+    places = [_places(run, by) for run in runs]
+    grid = np.unique(np.concatenate(places))
+    grid = grid[grid >= _start(places)]
+    measured = [_last_measured(run, grid, by) for run in runs]
+    there = np.flatnonzero(iqm(np.array(measured), axis=0) >= score)
+    return float(grid[there[0]]) if len(there) else math.nan
+
+
+def _last_measured(run: Run, grid: np.ndarray, by: str) -> np.ndarray:
+    """What a run was last measured to score, by tokens or seconds after its start; after its end, its final score."""
+    x = _places(run, by)
+    if len(x) == 0:
+        return np.full(len(grid), run.score)
+    return np.where(grid > x[-1], run.score, run.scores[np.searchsorted(x, grid, side="right") - 1])
+
+
+def _with_curves(runs: Sequence[Run], by: str) -> list[Run]:
+    """The runs with recorded points, and those that failed before their first; none where no run has any."""
+    if not any(len(_places(run, by)) for run in runs):
+        return []
+    return [run for run in runs if len(_places(run, by)) or run.failure is not None]
+
+
+def _places(run: Run, by: str) -> np.ndarray:
+    """Rising tokens or seconds of a run's curve, empty where it has none."""
+    x = run.tokens if by == "tokens" else run.seconds
+    return np.array([]) if x is None else np.maximum.accumulate(x)
+
+
+def _start(places: Sequence[np.ndarray]) -> float:
+    """Where the last has its first point: before, a mean would be of other tasks than after."""
+    return max(float(x[0]) for x in places if len(x))
+
+
+def _grid(runs: Sequence[Run], by: str) -> np.ndarray:
+    """Recorded tokens or seconds, as close as they were recorded; only the start where nothing was learnt.
+
+    An even grid would begin far behind the first points where one of the runs took a hundred times as long.
+    """
+    places = [_places(run, by) for run in runs]
+    start = _start(places)
+    later = np.concatenate([x[1:] for x in places])
+    later = later[later > start]
+    if len(later) == 0:
+        return np.array([start])
+    grid = np.unique(np.quantile(later, np.linspace(0, 1, NUM_POINTS), method="nearest"))
+    if by == "tokens":
+        return np.array([start, *grid])
+    # A logarithmic axis has no room for the start, milliseconds, where nothing is learnt yet; a line needs two ends.
+    return grid if len(grid) > 1 else np.array([0.1, 1.0]) * grid
 
 
 def profiles(suite: Suite) -> Figure:
@@ -198,8 +246,9 @@ def small_multiples(
     for i, (axes, title, (label, (grid, estimate))) in enumerate(zip(panels, titles, curves.items(), strict=True)):
         # One line with gaps: much smaller in a file than many. Half of the points is enough for what stands behind.
         others = [
-            np.append(np.array([x, y.value])[:, ::2], [[np.nan]] * 2, 1) for o, (x, y) in curves.items() if o != label
-        ]
+            np.append(np.array([x, y.value])[:, np.r_[0 : len(x) : 2, -1]], [[np.nan]] * 2, 1)
+            for o, (x, y) in curves.items() if o != label
+        ]  # fmt: skip
         if others:
             axes.plot(*np.concatenate(others, axis=1), **OTHERS)
         axes.fill_between(grid, estimate.low, estimate.high, color=BLUE, alpha=0.25, linewidth=0, zorder=2)
@@ -214,8 +263,7 @@ def small_multiples(
     if log:
         for axes in panels:
             axes.set_xscale("log")
-            axes.minorticks_off()
-        panels[0].xaxis.set_major_formatter("{x:g}")
+            axes.minorticks_off()  # and powers of ten at the others: 0.0001 would run into the next panel's 100
     elif max(grid[-1] for grid, _ in curves.values()) >= 1000:
         panels[0].xaxis.set_major_formatter(EngFormatter(sep=""))  # 20k, not 20000
     if falling:
@@ -254,12 +302,6 @@ def panel_grid(
         size = panel[0] - left - right, panel[1] - below - above
         all_axes.append(figure.add_axes((x / width, y / height, size[0] / width, size[1] / height)))
     return figure, all_axes
-
-
-def _places(run: Run, by: str) -> np.ndarray | None:
-    """Rising tokens or seconds of a run's curve, None where it has none."""
-    x = run.tokens if by == "tokens" else run.seconds
-    return None if x is None or len(x) == 0 else np.maximum.accumulate(x)
 
 
 # ---- pairs

@@ -12,7 +12,19 @@ from rlhf_gym.report import Section, html_report
 from .figures import efficiency, improvement_map, iqm_intervals, profiles
 from .outcomes import RESULTS, Suite, Task, read_suites
 from .statistics import bootstrap
-from .tables import Table, as_markdown, by_task, failures, in_brackets, measures, overview, regrets, settings_of
+from .tables import (
+    BY,
+    REACHED,
+    Table,
+    as_markdown,
+    by_task,
+    failures,
+    in_brackets,
+    measures,
+    overview,
+    regrets,
+    settings_of,
+)
 from .tradeoffs import gold_against_proxy, reward_against_kl
 
 RULES = (
@@ -24,6 +36,11 @@ KNOWN = "Scores are normalised: 0 is the reference, 1 the exact optimum."
 RELATIVE = (
     "No optimum is known, so the score of a run is its objective (mean score less β times its KL) on a scale where 0 "
     "is the reference and 1 the best agent's mean on that task in this table: it changes when a better agent joins."
+)
+COLUMNS = (
+    f"Tokens and seconds to {REACHED:g}: the first recorded point of a learning curve by which the IQM of the scores "
+    "last measured is there, to two digits. Nothing is known between two points, so it may be late by their distance. "
+    "Seconds are those of learning, on the machine below and with what else ran on it."
 )
 FEW = 5  # seeds; resampling fewer finds too little of their spread
 
@@ -81,28 +98,30 @@ def finding(suite: Suite) -> str:
 
 def sections_of(suite: Suite) -> Iterator[tuple[str, Section]]:
     """The parts of a suite: a name for the picture's file, and the part."""
-    rows = overview(suite, {})
     if suite.agents:
         known = f"{RULES}\n\n{RELATIVE if suite.relative else KNOWN}"
         if min(len(scores) for agent in suite.agents for scores in suite.scores(agent).values()) < FEW:
             known += f" There are fewer than {FEW} seeds: such intervals are too narrow."
-        learning = {by: efficiency(suite, by) for by in ("tokens", "seconds")}
-        rows = overview(suite, {by: found[1] for by, found in learning.items() if found})
+        known += f"\n\n{COLUMNS}"
         caption = (
             "Interquartile mean of an agent's runs: dot; its 95 % interval: line. An arrow is a value off the axis."
         )
-        yield "iqm", Section("All tasks together", known, iqm_intervals(suite), caption, *rows, numbers=True)
+        yield "iqm", Section("All tasks together", known, iqm_intervals(suite), caption, *overview(suite), numbers=True)
         small = "Blue: the agent named above the panel, with its 95 % interval. Grey: the others. "
-        ended = "A run that has ended keeps its final score, and a failed one what it counts"
+        ended = (
+            "Straight lines between points that were measured. A run that has ended keeps its final score, and a "
+            "failed one what it counts; an agent that learns nothing is a flat line"
+        )
         captions = {
             "tokens": f"{small}Score by the training tokens generated. {ended}; budgets differ between tasks. What is "
             "far below the reference is not shown.",
             "seconds": f"{small}Score by the time of learning, without that of measuring. {ended}. Seconds depend on "
             "the machine, and on how many runs shared it.",
         }
-        for by, title in (("tokens", "Sample efficiency"), ("seconds", "Time efficiency")):
-            if learning[by]:
-                yield by, Section(title, "", learning[by][0], captions[by])
+        for by, title in zip(BY, ("Sample efficiency", "Time efficiency"), strict=True):
+            picture = efficiency(suite, by)
+            if picture is not None:
+                yield by, Section(title, "", picture, captions[by])
         caption = f"{small}The share of an agent's runs that score more than the value on the x axis: higher is better."
         yield "profiles", Section("Performance profiles", "", profiles(suite), caption)
         if len(suite.agents) > 1:
@@ -121,7 +140,7 @@ def _tradeoffs(suite: Suite) -> Iterator[tuple[str, Section]]:
     if not suite.relative:
         caption += (
             " Nothing can be above the frontier. An agent without a name has reached a normalised score of .99 in "
-            "every run; one at the right edge is further out, with its KL beside its name."
+            "every run; an arrow at the right edge is one further out, with its KL beside its name."
         )
     for i, tasks in enumerate(groups):
         name = f"kl-{i + 1}" if len(groups) > 1 else "kl"

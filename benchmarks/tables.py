@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import numpy as np
 
-from .figures import Curve, first_reaching
+from .figures import first_reaching
 from .outcomes import Run, Suite, Task, settings
 from .statistics import Estimate, bootstrap, failure_rate, mean
 
 REACHED = 0.9  # the score of "tokens to .9"
+BY = ("tokens", "seconds")  # what learning is counted in
 # Of an evaluation; those that a task has become columns.
 METRICS = {
     "score": "score", "kl": "KL (nats)", "objective": "objective", "proxy": "proxy", "gold": "gold",
@@ -28,28 +29,20 @@ class Table(NamedTuple):
     rows: list[list[str]]
 
 
-def overview(suite: Suite, curves: Mapping[str, Mapping[str, Curve]]) -> Table:
-    """All tasks together, the best agent first.
-
-    Args:
-        suite: The runs.
-        curves: Learning curves of the agents over ``tokens`` and over ``seconds``, as far as there are any.
-    """
+def overview(suite: Suite) -> Table:
+    """All tasks together, the best agent first."""
     header = ["agent", "IQM [95 % interval]", "mean", "worst run", "failed (95\N{NO-BREAK SPACE}%)"]
-    header += [f"{by} to {REACHED:g}" for by in ("tokens", "seconds")] + ["seconds a run", "runs"]
+    header += [f"{by} to {REACHED:g}" for by in BY] + ["median seconds a run", "runs"]
     rows, most = [], max(len(suite.of(agent)) for agent in [*suite.agents, *suite.unrated])
     for agent in suite.agents:
         runs = suite.of(agent)
         scores = [run.score for run in runs]
+        # Not their mean: one process that was suspended for an hour would be all that it says.
         seconds = [run.total_seconds for run in runs if math.isfinite(run.total_seconds)]
-        reached = [
-            first_reaching(curves[by][agent], REACHED) if agent in curves.get(by, {}) else math.nan
-            for by in ("tokens", "seconds")
-        ]
         rows.append([
             agent, in_brackets(bootstrap(list(suite.scores(agent).values()))), f"{np.mean(scores):.4f}",
-            f"{min(scores):.4f}", _failed(runs), *map(_amount, reached),
-            _amount(float(np.mean(seconds))) if seconds else "-",
+            f"{min(scores):.4f}", _failed(runs), *(_amount(first_reaching(runs, by, REACHED)) for by in BY),
+            _amount(float(np.median(seconds)) if seconds else math.nan),
             str(len(runs)) + (f" of {most}" if len(runs) < most else ""),
         ])  # fmt: skip
     return Table(header, rows)
@@ -68,8 +61,11 @@ def _failed(runs: Sequence[Run]) -> str:
 
 
 def _amount(x: float) -> str:
-    """A number of tokens or seconds."""
-    return "-" if math.isnan(x) else f"{x:,.0f}" if x >= 1000 else f"{x:.3g}"
+    """A number of tokens or seconds, to two digits: the points of a curve lie further apart than a third would say."""
+    if math.isnan(x):
+        return "-"
+    rounded = float(f"{x:.2g}")
+    return f"{rounded:,.0f}" if rounded >= 10 or rounded == 0 else f"{rounded:#.2g}"
 
 
 def by_task(suite: Suite, tasks: Sequence[Task]) -> Table:

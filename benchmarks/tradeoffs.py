@@ -26,8 +26,12 @@ if TYPE_CHECKING:
 
 REACHED = 0.99  # normalised score from which on an agent stands at the optimum
 PATH: dict[str, Any] = {"color": "0.75", "linewidth": 0.8, "zorder": 1}
+AGENT: dict[str, Any] = {
+    "marker": "o", "color": STYLES[0]["color"], "markersize": 6.5, "markeredgecolor": "white", "markeredgewidth": 0.5,
+    "linestyle": "none", "zorder": 7,
+}  # fmt: skip
 # In inches: a panel, what its axis and title need, a line of the names beside it, a letter of them.
-PANEL, LEFT, BELOW, ABOVE, LINE, LETTER = (4.9, 3.25), 0.62, 0.48, 0.3, 0.108, 0.062
+PANEL, LEFT, BELOW, ABOVE, LINE, LETTER = (4.9, 3.25), 0.62, 0.48, 0.3, 0.108, 0.055
 
 
 @dataclass(frozen=True)
@@ -39,28 +43,31 @@ class Point:
         y: See ``x``.
         label: What stands beside the panel; empty for none.
         failed: Whether a run failed; such a point is a cross.
+        beyond: Whether it lies beyond the panel and stands at its edge; such a point is an arrow.
     """
 
     x: float
     y: float
     label: str
     failed: bool = False
+    beyond: bool = False
 
 
 def reward_against_kl(suite: Suite, tasks: Sequence[Task] | None = None) -> Figure:
     """A panel for each task: mean score against KL; known tasks with their frontier, others with the agents' paths."""
     tasks = tasks or suite.tasks
     ends = [_ends(suite, task, ("kl",), ("score", "reward"), name_all=False) for task in tasks]
-    figure, panels = _panels(ends, legend=0.75 if any(task.name in TASKS for task in tasks) else 0.4)
-    for axes, task, points in zip(panels, tasks, ends, strict=True):
-        if task.name in TASKS and points:
-            points = _draw_known(axes, curves_of(task.name, [task.kl_coef]), points)
+    figure, panels = _panels(len(tasks), legend=0.75 if any(task.name in TASKS for task in tasks) else 0.4)
+    for i, (axes, task) in enumerate(zip(panels, tasks, strict=True)):
+        if task.name in TASKS and ends[i]:
+            ends[i] = _draw_known(axes, curves_of(task.name, [task.kl_coef]), ends[i])
         else:
             _draw_paths(axes, suite, task, "kl", "score")
-        _draw_points(axes, points)
+        _draw_points(axes, ends[i])
         axes.set_title(str(task), fontsize=10, fontweight="bold")
         axes.set_xlabel("KL to the reference (nats per response)", fontsize=9)
         axes.set_ylabel("mean score of a response", fontsize=9)
+    _leave_room(figure, panels, ends)
     _legend(figure)
     return figure
 
@@ -71,7 +78,8 @@ def gold_against_proxy(suite: Suite) -> Figure | None:
     if not tasks:
         return None
     ends = [_ends(suite, task, ("proxy", "score", "reward"), ("gold",), name_all=True) for task in tasks]
-    figure, panels = _panels(ends, legend=0.4)
+    figure, panels = _panels(len(tasks), legend=0.4)
+    _leave_room(figure, panels, ends)
     for axes, task, points in zip(panels, tasks, ends, strict=True):
         if task.name in TASKS:
             known = curves_of(task.name, [task.kl_coef])
@@ -110,24 +118,41 @@ def _first(run: Run, names: Sequence[str]) -> float:
     return next((value for value in map(run.metric, names) if math.isfinite(value)), math.nan)
 
 
-def _panels(ends: Sequence[Sequence[Point]], legend: float) -> tuple[Figure, list[Axes]]:
-    """Two in a row, with room on the right of each for the longest name, and for a legend below (inches)."""
-    room = min(2.0, 0.15 + LETTER * max((len(point.label) for points in ends for point in points), default=0))
-    figure, panels = panel_grid(len(ends), min(2, len(ends)), PANEL, (LEFT, BELOW, room, ABOVE), around=(0, legend))
+def _panels(count: int, legend: float) -> tuple[Figure, list[Axes]]:
+    """Two in a row, with room for a legend below (inches)."""
+    figure, panels = panel_grid(count, min(2, count), PANEL, (LEFT, BELOW, 0.15, ABOVE), around=(0, legend))
     for axes in panels:
         axes.grid(alpha=0.25)
         axes.tick_params(labelsize=8)
     return figure, panels
 
 
+def _leave_room(figure: Figure, panels: Sequence[Axes], drawn: Sequence[Sequence[Point]]) -> None:
+    """Make the panels narrower by the longest name beside one of them."""
+    room = min(2.0, 0.15 + LETTER * max((len(point.label) for points in drawn for point in points), default=0))
+    for axes in panels:
+        x, y, _, height = axes.get_position().bounds
+        axes.set_position((x, y, (PANEL[0] - LEFT - room) / figure.get_figwidth(), height))
+
+
 def _draw_known(axes: Axes, curves: Curves, points: Sequence[Point]) -> list[Point]:
-    """The frontier; points far beyond its end are moved to the edge, with their KL in their name."""
+    """The frontier; points far beyond its end are moved to the edge, with their KL and score in their name."""
     draw_task(axes, curves, min(1.5 * float(curves.marked.kl.max()), max(point.x for point in points)))
     lowest = min(point.y for point in points)
     bottom, top = axes.get_ylim()
     axes.set_ylim(min(bottom, lowest - 0.06 * (top - bottom)), top)
     edge = axes.get_xlim()[1]
-    return [p if p.x <= edge else Point(edge, p.y, f"{p.label}: KL {p.x:.3g}", p.failed) for p in points]
+    return [_at_edge(point, edge, top) if point.x > edge else point for point in points]
+
+
+def _at_edge(point: Point, right: float, top: float) -> Point:
+    """A point beyond the right of a panel, where it can be drawn; its name says where it is.
+
+    The frontier may be above the panel that far out. The panel is not raised for it: that would squash all the others.
+    """
+    place = f"KL {point.x:.2g}, score {point.y:.2g}" if point.y > top else f"KL {point.x:.3g}"
+    label = f"{point.label}: {place}" if point.label else ""
+    return Point(right, min(point.y, top), label, point.failed, beyond=True)
 
 
 def _draw_paths(axes: Axes, suite: Suite, task: Task, x: str, y: str) -> None:
@@ -146,18 +171,18 @@ def _draw_paths(axes: Axes, suite: Suite, task: Task, x: str, y: str) -> None:
 
 
 def _draw_points(axes: Axes, points: Sequence[Point]) -> None:
-    """The agents; crosses for those with failed runs; names on the right, in the order of their height."""
-    for failed, style, label in (
-        (False, STYLES[0], "an agent"),
-        (True, STYLES[1] | {"marker": "X"}, "some runs failed"),
+    """The agents; crosses for those with failed runs, arrows beyond the panel; names on the right, in the order of their height."""
+    for kind, style, label in (
+        ((False, False), {}, "an agent"),
+        ((False, True), {"marker": ">"}, "an agent beyond the panel"),
+        ((True, False), {"marker": "X", "color": STYLES[1]["color"]}, "some runs failed"),
+        ((True, True), {"marker": ">", "color": STYLES[1]["color"]}, "some runs failed, beyond the panel"),
     ):
-        some = [point for point in points if point.failed is failed]
+        some = [point for point in points if (point.failed, point.beyond) == kind]
         if some:
             axes.plot(
-                [point.x for point in some], [point.y for point in some], marker=style["marker"], color=style["color"],
-                markersize=6.5, markeredgecolor="white", markeredgewidth=0.5, linestyle="none", zorder=7,
-                clip_on=False, label=label,
-            )  # fmt: skip
+                [point.x for point in some], [point.y for point in some], clip_on=False, label=label, **(AGENT | style)
+            )
     named = sorted((point for point in points if point.label), key=lambda point: point.y)
     bottom, top = axes.get_ylim()
     gap = LINE / (PANEL[1] - BELOW - ABOVE)

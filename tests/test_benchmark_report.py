@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import itertools
 import json
 import math
 import re
@@ -10,11 +11,11 @@ from html.parser import HTMLParser
 
 import numpy as np
 import pytest
+from matplotlib.text import Text
 
 from rlhf_gym.benchmarks import figures, tables, tradeoffs
 from rlhf_gym.benchmarks.outcomes import Task, label_cells, read_suites
-from rlhf_gym.benchmarks.report import write_report
-from rlhf_gym.benchmarks.statistics import Estimate
+from rlhf_gym.benchmarks.report import sections_of, write_report
 from rlhf_gym.cli import main
 from rlhf_gym.plots import as_svg
 
@@ -49,13 +50,15 @@ def failed(agent="ppo", seed=0, curve=(), metrics=(), failure="nan", **others):
     return cell(agent, seed=seed, **others)
 
 
-def write(directory, cells, seconds=True, torn=""):
+def write(directory, cells, seconds=True, torn="", slow=()):
+    """Their files; a point of a curve a second, but for the seeds in ``slow``, where it takes so many."""
     directory.mkdir(exist_ok=True)
     (directory / "results.jsonl").write_text("".join(json.dumps(each) + "\n" for each in cells) + torn)
     if seconds:
+        each_takes = [dict(slow).get(each["seed"], 1.0) for each in cells]
         lines = [
-            each | {"seconds": {"total": 3.0}, "curve_seconds": [float(i) for i in range(len(each["curve"]))]}
-            for each in cells
+            each | {"seconds": {"total": 3.0 * time}, "curve_seconds": [time * i for i in range(len(each["curve"]))]}
+            for each, time in zip(cells, each_takes, strict=True)
         ]
         (directory / "timings.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines) + torn)
     return directory
@@ -116,7 +119,7 @@ def test_torn_and_equal_lines(tmp_path):
 def test_without_timings(tmp_path):
     suite = suite_of(tmp_path, [cell(seed=seed, normalised=0.5) for seed in range(2)], seconds=False)
     assert figures.efficiency(suite, "seconds") is None and figures.efficiency(suite, "tokens") is not None
-    assert tables.overview(suite, {}).rows[0][-2] == "-"
+    assert tables.overview(suite).rows[0][-3:] == ["-", "-", "2"]
 
 
 @pytest.mark.parametrize(
@@ -159,11 +162,10 @@ def test_tables_by_hand(tmp_path):
     scores = {"good": (0.90, 0.92, 0.94, 0.96), "bad": (0.1, 0.3)}
     cells = [cell(agent, seed=i, normalised=x) for agent, values in scores.items() for i, x in enumerate(values)]
     suite = suite_of(tmp_path, [*cells, failed("bad", seed=2), failed("bad", seed=3, failure="kl")])
-    _, curves = figures.efficiency(suite, "tokens")
-    good, bad = tables.overview(suite, {"tokens": curves}).rows
-    # The IQM's curve goes to 0.465 at 500 and 0.93 at 1000 tokens in straight lines.
+    good, bad = tables.overview(suite).rows
+    # The IQM was measured to be 0.465 at 500 tokens, after a second, and 0.93 at 1000, after two.
     assert good[0] == "good" and good[1].startswith("0.9300 [") and good[2:] == [
-        "0.9300", "0.9000", "0 (0 to 60 %)", "968", "-", "3", "4",
+        "0.9300", "0.9000", "0 (0 to 60 %)", "1,000", "2.0", "3.0", "4",
     ]  # fmt: skip
     assert bad[:1] + bad[2:5] == ["bad", "0.1000", "0.0000", "2 (7 to 93 %)"]
     rows = tables.by_task(suite, suite.tasks)
@@ -188,10 +190,48 @@ def test_what_was_measured_and_with_what_settings(tmp_path):
     assert tables.settings_of(suite).rows[0][3] == "num_envs=64, budget_tokens=1000, learning_rate by task"
 
 
-def test_first_reaching_by_hand():
-    curve = np.array([0.0, 10.0, 20.0]), Estimate(np.array([0.0, 0.4, 1.0]), None, None)
-    assert figures.first_reaching(curve, 0.7) == 15 and figures.first_reaching(curve, 0.0) == 0
-    assert math.isnan(figures.first_reaching(curve, 1.1))
+def reaching_by_hand(tmp_path, *others):
+    """Runs of two lengths: on average 0.71 at 15 tokens, 0.935 at 20, and 0.975 at 30."""
+    pairs = (([0, 10, 20], [0.0, 0.5, 0.95]), ([0, 15, 30], [0.0, 0.92, 1.0]))
+    cells = [cell(seed=i, normalised=y[-1], curve=curve_of(x, y)) for i, (x, y) in enumerate(pairs)]
+    runs = suite_of(tmp_path, [*cells, *others]).runs
+    return {score: figures.first_reaching(runs, "tokens", score) for score in (0.0, 0.7, 0.9, 0.97, 0.98)}
+
+
+def test_first_reaching_by_hand(tmp_path):
+    """Only points that were measured: no straight line between them, along which 0.9 would be at 19.4 tokens."""
+    assert reaching_by_hand(tmp_path) == pytest.approx({0: 0, 0.7: 15, 0.9: 20, 0.97: 30, 0.98: math.nan}, nan_ok=True)
+    assert math.isnan(figures.first_reaching([], "seconds", 0.0))
+
+
+def test_first_reaching_counts_what_failed(tmp_path):
+    """A third run, which scores 0 from the start: the means are two thirds of those of the other two."""
+    found = reaching_by_hand(tmp_path, failed(seed=2, failure="exception: ValueError: x"))
+    assert found == pytest.approx({0.0: 0, **dict.fromkeys((0.7, 0.9, 0.97, 0.98), math.nan)}, nan_ok=True)
+
+
+def overview_of(suite):
+    """The table of all tasks as it stands in the report: rows as dicts by the head of their column."""
+    _, section = next(sections_of(suite))
+    return [dict(zip(section.header, row, strict=True)) for row in section.rows]
+
+
+def test_a_suspended_process_decides_nothing(tmp_path):
+    """Of four runs three reach 0.9 at their first measurement, after a second, and one was suspended meanwhile."""
+    cells = [cell(seed=i, normalised=1.0, curve=curve_of([0, 500, 1000], [0.0, 0.95, 1.0])) for i in range(4)]
+    (row,) = overview_of(suite_of(tmp_path, cells, slow={3: 1000.0}))
+    assert row["seconds to 0.9"] == "1.0" and row["median seconds a run"] == "3.0"
+
+
+@pytest.mark.parametrize(
+    ("number", "text"),
+    [
+        (33_410.4, "33,000"), (996.0, "1,000"), (43.8, "44"), (1.0, "1.0"), (0.00108, "0.0011"), (0.0, "0"),
+        (math.nan, "-"),
+    ],
+)  # fmt: skip
+def test_amounts_have_two_digits(number, text):
+    assert tables._amount(number) == text
 
 
 # ---- pictures
@@ -217,6 +257,75 @@ def test_pairs_by_hand(tmp_path):
     found = figures.improvements(suite_of(tmp_path, cells))
     assert found.keys() == {("a", "b"), ("b", "a")} and found["a", "b"].value == 0.75
     assert found["b", "a"] == pytest.approx([1 - end for end in (0.75, found["a", "b"].high, found["a", "b"].low)])
+
+
+def blue_line(axes):
+    """Places and values of the agent that a small panel is about."""
+    (line,) = (line for line in axes.lines if line.get_color() == figures.BLUE)
+    return line.get_data()
+
+
+def test_curves_begin_at_the_first_measurement(tmp_path):
+    """However long one of the runs was suspended; and with nothing between the points but lines."""
+    cells = [cell(seed=i, normalised=0.8) for i in range(4)]  # 0.4 after a second, 0.8 after two
+    suite = suite_of(tmp_path, cells, slow={3: 1000.0})
+    places, values = blue_line(figures.efficiency(suite, "seconds").axes[0])
+    np.testing.assert_array_equal(places, [1, 2, 1000, 2000])
+    # The middle two of four: the suspended run is still near 0 when the others are measured, and is cut off.
+    np.testing.assert_allclose(values, [0.4, 0.8, 0.8, 0.8])
+    places, values = blue_line(figures.efficiency(suite, "tokens").axes[0])
+    np.testing.assert_array_equal(places, [0, 500, 1000])
+    np.testing.assert_allclose(values, [0, 0.4, 0.8])
+
+
+@pytest.mark.parametrize("by", ["tokens", "seconds"])
+def test_who_learns_nothing_is_a_flat_line(tmp_path, by):
+    """Best-of-N has one point, where it begins, and scores as much there as at any other."""
+    flat = [cell("best-of-n", seed=i, normalised=0.7, curve=curve_of([0], [0.7])) for i in range(2)]
+    suite = suite_of(tmp_path, [cell(seed=i, normalised=0.8) for i in range(2)] + flat)
+    learner, other = figures.efficiency(suite, by).axes
+    places, values = blue_line(other)
+    assert list(values) == [0.7, 0.7] and list(places) == [blue_line(learner)[0][0], blue_line(learner)[0][-1]]
+    behind = next(line for line in learner.lines if line.get_color() != figures.BLUE)
+    np.testing.assert_array_equal(behind.get_xdata()[:2], places)
+    assert figures.efficiency(suite_of(tmp_path, flat), by) is None  # nobody learns: there is nothing to show
+
+
+def test_numbers_of_neighbouring_panels_stand_apart(tmp_path):
+    """Of the widest axis: from a score of -99 to the last ten-thousandth."""
+    cells = [cell(f"agent-{i}", seed=seed, normalised=-99.0 * seed) for i in range(4) for seed in range(2)]
+    figure = figures.profiles(suite_of(tmp_path, cells))
+    figure.draw_without_rendering()
+    boxes = [
+        [label.get_window_extent() for label in axes.get_xticklabels() if label.get_text()] for axes in figure.axes
+    ]
+    assert len(boxes) == 4 and min(map(len, boxes)) >= 3
+    assert not any(a.padded(2).overlaps(b) for left, right in itertools.pairwise(boxes) for a in left for b in right)
+
+
+def test_an_agent_stays_in_its_panel(tmp_path):
+    """Lexicon's frontier goes far beyond what matters at β = 2: who went there stands at the edge, and says where."""
+    ends = {"near": (0.4, 1.4), "far": (39.4, 16.0), "expert-iteration": (38.2, 15.7), "low": (30.0, 2.0)}
+    cells = [
+        cell(agent, task, 0, 0.5, kl_coef=kl_coef) | {"metrics": {"normalised": 0.5, "reward": reward, "kl": kl}}
+        for agent, (kl, reward) in ends.items() for task, kl_coef in (("Lexicon", 2.0), ("Recall", 0.1))
+    ]  # fmt: skip
+    figure = tradeoffs.reward_against_kl(suite_of(tmp_path, cells))
+    figure.draw_without_rendering()
+    axes, neighbour = figure.axes
+    assert axes.get_title() == "Lexicon, β = 2"
+    (left, right), (bottom, top) = axes.get_xlim(), axes.get_ylim()
+    drawn = [line for line in axes.lines if "agent" in line.get_label()]
+    points = [(line.get_marker(), x, y) for line in drawn for x, y in zip(*line.get_data(), strict=True)]
+    assert all(left <= x <= right and bottom <= y <= top for _, x, y in points)
+    assert sorted(points) == [(">", right, 2.0), (">", right, top), (">", right, top), ("o", 0.4, 1.4)]
+    names = [text for text in axes.texts if not text.get_text().startswith("β")]
+    assert sorted(text.get_text() for text in names) == [
+        "expert-iteration: KL 38, score 16", "far: KL 39, score 16", "low: KL 30", "near",
+    ]  # fmt: skip
+    edge = neighbour.yaxis.label.get_window_extent().x0
+    # The text alone: an annotation's own extent has the line to its point as well.
+    assert all(Text.get_window_extent(text).x1 < edge for text in names)
 
 
 def full_directory(path):
@@ -304,8 +413,8 @@ def test_every_axis_has_a_name(report):
     exact, small = read_suites(report[0])
     for suite in (exact, small):
         drawn = {
-            "iqm": figures.iqm_intervals(suite), "tokens": figures.efficiency(suite, "tokens")[0],
-            "seconds": figures.efficiency(suite, "seconds")[0], "profiles": figures.profiles(suite),
+            "iqm": figures.iqm_intervals(suite), "tokens": figures.efficiency(suite, "tokens"),
+            "seconds": figures.efficiency(suite, "seconds"), "profiles": figures.profiles(suite),
             "improvement": figures.improvement_map(suite), "kl": tradeoffs.reward_against_kl(suite),
             "gold": tradeoffs.gold_against_proxy(suite),
         }  # fmt: skip
@@ -332,7 +441,7 @@ def test_twenty_agents_fit(tmp_path):
     boxes = [text.get_window_extent() for text in figure.axes[0].texts if text.get_text().startswith("agent")]
     boxes = sorted((box for box in boxes), key=lambda box: box.y0)
     assert len(boxes) == 20
-    panels = figures.efficiency(suite, "tokens")[0].axes
+    panels = figures.efficiency(suite, "tokens").axes
     assert len(panels) == 20 and not any(
         a.get_position().overlaps(b.get_position()) for a in panels for b in panels if a is not b
     )
