@@ -327,3 +327,10 @@ def test_evaluate_replaces_no_file_unless_told_to(place, capsys):
     assert Path("mine.jsonl").read_text() == "mine\n"
     assert main([*task, "--out", "mine.jsonl", "--overwrite"]) == 0
     assert len(Path("mine.jsonl").read_text().splitlines()) == 4
+
+
+def test_a_checkpoint_of_transformers_trainer_is_a_model_like_any(place, capsys):
+    """Its trainer_state.json has nothing of ours."""
+    Path("base/trainer_state.json").write_text('{"global_step": 10, "log_history": []}')
+    assert main("generate --model base --prompt the --max-response-tokens 6".split()) == 0
+    assert capsys.readouterr().out.startswith("the ")

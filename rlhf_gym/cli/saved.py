@@ -38,7 +38,7 @@ def acting_policy(options: Evaluate | Generate, lm: LanguageModel) -> Any:
     if not (folder / "trainer_state.json").is_file():
         return lm.model
     state = json.loads((folder / "trainer_state.json").read_text(encoding="utf-8"))
-    agent, config = state["agent"], state["config"]
+    agent, config = state.get("agent"), state.get("config", {})  # transformers' Trainer has a file of this name too
     source: str | None
     if agent == "BestOfN":
         return BestOf(lm.model, config["num_candidates"])
