@@ -234,7 +234,7 @@ def small_multiples(
         falling: x axis from large to small.
         bottom: The y axis goes no lower, and curves may leave it there.
     """
-    from matplotlib.ticker import EngFormatter
+    from matplotlib.ticker import EngFormatter, LogLocator
 
     titles = [_wrapped(label, 28) for label in curves]
     num_columns = min(4, len(curves))
@@ -264,6 +264,9 @@ def small_multiples(
         for axes in panels:
             axes.set_xscale("log")
             axes.minorticks_off()  # and powers of ten at the others: 0.0001 would run into the next panel's 100
+        if max(grid.max() for grid, _ in curves.values()) < 100 * min(grid.min() for grid, _ in curves.values()):
+            panels[0].xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))  # of powers of ten there is only one or two
+            panels[0].xaxis.set_major_formatter("{x:g}")
     elif max(grid[-1] for grid, _ in curves.values()) >= 1000:
         panels[0].xaxis.set_major_formatter(EngFormatter(sep=""))  # 20k, not 20000
     if falling:

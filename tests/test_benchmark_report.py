@@ -1,73 +1,20 @@
-"""What a benchmark's directory is read as, and the tables, pictures and page that are made of it."""
+"""What a benchmark's directory is read as, and the tables and the page that are made of it."""
 
 from __future__ import annotations
 
 import base64
-import itertools
-import json
 import math
 import re
 from html.parser import HTMLParser
 
 import numpy as np
 import pytest
-from matplotlib.text import Text
+from benchmark_runs import cell, curve_of, failed, full_directory, sampled, suite_of, write
 
-from rlhf_gym.benchmarks import figures, tables, tradeoffs
+from rlhf_gym.benchmarks import figures, tables
 from rlhf_gym.benchmarks.outcomes import Task, label_cells, read_suites
 from rlhf_gym.benchmarks.report import sections_of, write_report
 from rlhf_gym.cli import main
-from rlhf_gym.plots import as_svg
-
-HOSTILE = "agents.py:<script>alert(1)</script>"
-
-
-def cell(agent="ppo", task="WoAiNi", seed=0, normalised=None, *, suite="exact", kl_coef=0.1, **others):
-    """A cell as the runner writes it."""
-    key = {
-        "suite": suite, "agent": agent, "policy": "tabular", "task": task, "kl_coef": kl_coef, "seed": seed,
-        "num_envs": 64, "budget_tokens": 1000, "budget_seconds": None, "config": {},
-    }  # fmt: skip
-    metrics = {} if normalised is None else {"normalised": normalised, "reward": 0.5, "kl": 1.0, "regret": 0.1}
-    curve = [] if normalised is None else curve_of([0, 500, 1000], [0.0, normalised / 2, normalised])
-    values = {"status": "ok", "failure": None, "metrics": metrics, "curve": curve, "commit": "abc1234"}
-    return key | values | others
-
-
-def curve_of(tokens, normalised):
-    return [{"tokens": x, "normalised": y, "kl": 0.1 * y} for x, y in zip(tokens, normalised, strict=True)]
-
-
-def sampled(agent, seed, score, kl, *, gold=None, kl_coef=0.5):
-    """A cell of a task whose optimum is unknown; the reference scores 0.2."""
-    curve = [{"tokens": 0, "score": 0.2, "kl": 0.0}, {"tokens": 1000, "score": score, "kl": kl}]
-    metrics = {"score": score, "kl": kl} | ({} if gold is None else {"gold": gold})
-    return cell(agent, "Reviews", seed, suite="small", kl_coef=kl_coef, metrics=metrics, curve=curve)
-
-
-def failed(agent="ppo", seed=0, curve=(), metrics=(), failure="nan", **others):
-    others = {"metrics": dict(metrics), "curve": list(curve), "status": "failed", "failure": failure} | others
-    return cell(agent, seed=seed, **others)
-
-
-def write(directory, cells, seconds=True, torn="", slow=()):
-    """Their files; a point of a curve a second, but for the seeds in ``slow``, where it takes so many."""
-    directory.mkdir(exist_ok=True)
-    (directory / "results.jsonl").write_text("".join(json.dumps(each) + "\n" for each in cells) + torn)
-    if seconds:
-        each_takes = [dict(slow).get(each["seed"], 1.0) for each in cells]
-        lines = [
-            each | {"seconds": {"total": 3.0 * time}, "curve_seconds": [time * i for i in range(len(each["curve"]))]}
-            for each, time in zip(cells, each_takes, strict=True)
-        ]
-        (directory / "timings.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines) + torn)
-    return directory
-
-
-def suite_of(directory, cells, **others):
-    (suite,) = read_suites(write(directory, cells, **others))
-    return suite
-
 
 # ---- what is read
 
@@ -234,113 +181,7 @@ def test_amounts_have_two_digits(number, text):
     assert tables._amount(number) == text
 
 
-# ---- pictures
-
-
-@pytest.mark.parametrize(
-    ("heights", "expected"),
-    [
-        ([0.1, 0.5, 0.9], [0.1, 0.5, 0.9]), ([0.5, 0.5, 0.5], [0.5, 0.6, 0.7]), ([0.95, 0.97], [0.9, 1.0]),
-        ([-3.0, 0.05], [0.0, 0.1]), ([], []),
-    ],
-)  # fmt: skip
-def test_names_keep_their_distance(heights, expected):
-    assert tradeoffs.spread(heights, 0.1) == pytest.approx(expected)
-
-
-def test_pairs_by_hand(tmp_path):
-    scores = {"a": (0.9, 0.8), "b": (0.85, 0.1), "elsewhere": (0.5, 0.5)}
-    cells = [
-        cell(agent, "Recall" if agent == "elsewhere" else "WoAiNi", i, x)
-        for agent, values in scores.items() for i, x in enumerate(values)
-    ]  # fmt: skip
-    found = figures.improvements(suite_of(tmp_path, cells))
-    assert found.keys() == {("a", "b"), ("b", "a")} and found["a", "b"].value == 0.75
-    assert found["b", "a"] == pytest.approx([1 - end for end in (0.75, found["a", "b"].high, found["a", "b"].low)])
-
-
-def blue_line(axes):
-    """Places and values of the agent that a small panel is about."""
-    (line,) = (line for line in axes.lines if line.get_color() == figures.BLUE)
-    return line.get_data()
-
-
-def test_curves_begin_at_the_first_measurement(tmp_path):
-    """However long one of the runs was suspended; and with nothing between the points but lines."""
-    cells = [cell(seed=i, normalised=0.8) for i in range(4)]  # 0.4 after a second, 0.8 after two
-    suite = suite_of(tmp_path, cells, slow={3: 1000.0})
-    places, values = blue_line(figures.efficiency(suite, "seconds").axes[0])
-    np.testing.assert_array_equal(places, [1, 2, 1000, 2000])
-    # The middle two of four: the suspended run is still near 0 when the others are measured, and is cut off.
-    np.testing.assert_allclose(values, [0.4, 0.8, 0.8, 0.8])
-    places, values = blue_line(figures.efficiency(suite, "tokens").axes[0])
-    np.testing.assert_array_equal(places, [0, 500, 1000])
-    np.testing.assert_allclose(values, [0, 0.4, 0.8])
-
-
-@pytest.mark.parametrize("by", ["tokens", "seconds"])
-def test_who_learns_nothing_is_a_flat_line(tmp_path, by):
-    """Best-of-N has one point, where it begins, and scores as much there as at any other."""
-    flat = [cell("best-of-n", seed=i, normalised=0.7, curve=curve_of([0], [0.7])) for i in range(2)]
-    suite = suite_of(tmp_path, [cell(seed=i, normalised=0.8) for i in range(2)] + flat)
-    learner, other = figures.efficiency(suite, by).axes
-    places, values = blue_line(other)
-    assert list(values) == [0.7, 0.7] and list(places) == [blue_line(learner)[0][0], blue_line(learner)[0][-1]]
-    behind = next(line for line in learner.lines if line.get_color() != figures.BLUE)
-    np.testing.assert_array_equal(behind.get_xdata()[:2], places)
-    assert figures.efficiency(suite_of(tmp_path, flat), by) is None  # nobody learns: there is nothing to show
-
-
-def test_numbers_of_neighbouring_panels_stand_apart(tmp_path):
-    """Of the widest axis: from a score of -99 to the last ten-thousandth."""
-    cells = [cell(f"agent-{i}", seed=seed, normalised=-99.0 * seed) for i in range(4) for seed in range(2)]
-    figure = figures.profiles(suite_of(tmp_path, cells))
-    figure.draw_without_rendering()
-    boxes = [
-        [label.get_window_extent() for label in axes.get_xticklabels() if label.get_text()] for axes in figure.axes
-    ]
-    assert len(boxes) == 4 and min(map(len, boxes)) >= 3
-    assert not any(a.padded(2).overlaps(b) for left, right in itertools.pairwise(boxes) for a in left for b in right)
-
-
-def test_an_agent_stays_in_its_panel(tmp_path):
-    """Lexicon's frontier goes far beyond what matters at β = 2: who went there stands at the edge, and says where."""
-    ends = {"near": (0.4, 1.4), "far": (39.4, 16.0), "expert-iteration": (38.2, 15.7), "low": (30.0, 2.0)}
-    cells = [
-        cell(agent, task, 0, 0.5, kl_coef=kl_coef) | {"metrics": {"normalised": 0.5, "reward": reward, "kl": kl}}
-        for agent, (kl, reward) in ends.items() for task, kl_coef in (("Lexicon", 2.0), ("Recall", 0.1))
-    ]  # fmt: skip
-    figure = tradeoffs.reward_against_kl(suite_of(tmp_path, cells))
-    figure.draw_without_rendering()
-    axes, neighbour = figure.axes
-    assert axes.get_title() == "Lexicon, β = 2"
-    (left, right), (bottom, top) = axes.get_xlim(), axes.get_ylim()
-    drawn = [line for line in axes.lines if "agent" in line.get_label()]
-    points = [(line.get_marker(), x, y) for line in drawn for x, y in zip(*line.get_data(), strict=True)]
-    assert all(left <= x <= right and bottom <= y <= top for _, x, y in points)
-    assert sorted(points) == [(">", right, 2.0), (">", right, top), (">", right, top), ("o", 0.4, 1.4)]
-    names = [text for text in axes.texts if not text.get_text().startswith("β")]
-    assert sorted(text.get_text() for text in names) == [
-        "expert-iteration: KL 38, score 16", "far: KL 39, score 16", "low: KL 30", "near",
-    ]  # fmt: skip
-    edge = neighbour.yaxis.label.get_window_extent().x0
-    # The text alone: an annotation's own extent has the line to its point as well.
-    assert all(Text.get_window_extent(text).x1 < edge for text in names)
-
-
-def full_directory(path):
-    """Two agents and three tasks, a failure, gold, a second suite; the last lines half-written."""
-    cells, rng = [], np.random.default_rng(0)
-    for agent, level in (("ppo", 0.995), (HOSTILE, 0.5)):
-        for task, others in (("WoAiNi", {}), ("Brackets", {}), ("Goodhart", {"gold": -1.0})):
-            for seed in range(2):
-                each = cell(agent, task, seed, level - 0.004 * rng.random())
-                each["metrics"] |= others
-                cells.append(each)
-    cells += [failed(HOSTILE, seed=2, curve=curve_of([0, 400], [0, 0.3]), metrics={"kl": 50.0, "reward": 0.1})]
-    cells += [cell("blind", metrics={"reward": 0.93, "exact": False}, curve=[])]
-    cells += [sampled(agent, seed, 0.5 + seed / 10, 0.3, gold=0.4) for agent in ("ppo", "trpo") for seed in range(2)]
-    return write(path, cells, torn='{"suite": "exact", "agent": "ppo", "po')
+# ---- the page
 
 
 @pytest.fixture(scope="module")
@@ -406,53 +247,6 @@ def test_files(report):
     text = files[1].read_text()
     assert "### All tasks together" in text and "| ppo | 0.99" in text and "(1 failed)" in text
     assert "fewer than 5 seeds" in text and "raw 0.9300" in text
-
-
-def test_every_axis_has_a_name(report):
-    """And all curves, rows and points of every agent are there, at two agents as at twenty."""
-    exact, small = read_suites(report[0])
-    for suite in (exact, small):
-        drawn = {
-            "iqm": figures.iqm_intervals(suite), "tokens": figures.efficiency(suite, "tokens"),
-            "seconds": figures.efficiency(suite, "seconds"), "profiles": figures.profiles(suite),
-            "improvement": figures.improvement_map(suite), "kl": tradeoffs.reward_against_kl(suite),
-            "gold": tradeoffs.gold_against_proxy(suite),
-        }  # fmt: skip
-        for name, figure in drawn.items():
-            shared = figure.get_supxlabel() and figure.get_supylabel()
-            for axes in figure.axes:
-                assert shared or axes.get_xlabel(), name
-                assert shared or axes.get_ylabel() or name == "iqm", name  # its rows are the agents
-        assert [text.get_text() for text in drawn["iqm"].axes[0].get_yticklabels()] == list(suite.agents)
-        for name in ("tokens", "seconds", "profiles"):
-            assert [axes.get_title() for axes in drawn[name].axes] == [figures._wrapped(a, 28) for a in suite.agents]
-        kl = {text.get_text() for axes in drawn["kl"].axes for text in axes.texts}
-        # Those at the optimum in every run carry no name; those far out say how far.
-        expected = {"ppo", "trpo"} if suite is small else {exact.agents[1], f"{exact.agents[1]} (1 failed): KL 17.3"}
-        assert expected <= kl and ("ppo" in kl) is (suite is small)
-
-
-def test_twenty_agents_fit(tmp_path):
-    """Names do not lie on each other, and a panel stands for each."""
-    cells = [cell(f"agent-{i:02}", seed=seed, normalised=0.5 + 0.001 * i) for i in range(20) for seed in range(2)]
-    suite = suite_of(tmp_path, cells)
-    figure = tradeoffs.reward_against_kl(suite)
-    figure.draw_without_rendering()
-    boxes = [text.get_window_extent() for text in figure.axes[0].texts if text.get_text().startswith("agent")]
-    boxes = sorted((box for box in boxes), key=lambda box: box.y0)
-    assert len(boxes) == 20
-    panels = figures.efficiency(suite, "tokens").axes
-    assert len(panels) == 20 and not any(
-        a.get_position().overlaps(b.get_position()) for a in panels for b in panels if a is not b
-    )
-    heights = [text.xyann[1] for text in figure.axes[0].texts if text.get_text().startswith("agent")]
-    assert min(np.diff(sorted(heights))) >= tradeoffs.LINE / 3 and min(heights) >= 0 and max(heights) <= 1
-
-
-def test_pictures_repeat(tmp_path):
-    cells = [cell(seed=seed, normalised=0.1 * seed) for seed in range(3)]
-    one, two = (as_svg(figures.iqm_intervals(suite_of(tmp_path, cells))) for _ in range(2))
-    assert one == two
 
 
 # ---- the command

@@ -9,7 +9,7 @@ import pytest
 
 playwright = pytest.importorskip("playwright.sync_api")
 
-from test_benchmark_report import full_directory  # noqa: E402
+from benchmark_runs import full_directory  # noqa: E402
 
 from rlhf_gym.benchmarks.report import write_report  # noqa: E402
 
