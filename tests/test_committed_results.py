@@ -273,3 +273,20 @@ def test_best_of_eight_by_hand(runs, cell):
     mine = runs[("best-of-n", *cell)]
     assert measures(mine, "reward") == pytest.approx(chance, abs=1e-6)
     assert measures(mine, "kl") == pytest.approx(nats_of_two(chance, SUCCESS[cell[0]]), abs=1e-6)
+
+
+# --- small language models -------------------------------------------------------------------------------------------
+
+
+def test_results_page_has_the_means_of_every_agent_on_language_models():
+    tiny, page = read("tiny"), (ROOT / "docs" / "results.md").read_text(encoding="utf-8")
+    rows = re.search(r"^\| agent \| TinyReviews \| .*\n\|[-|]+\n((?:\|.*\n)+)", page, re.M).group(1).splitlines()
+    shown = {row[0]: row[1:] for row in ([entry.strip() for entry in line.split("|")[1:-1]] for line in rows)}
+    assert set(shown) == {agent for agent, *_ in tiny} >= UNBIASED | BIASED - {"q-learning"}  # which needs a table
+    for (agent, task, _), cells in tiny.items():
+        assert sorted(cell["seed"] for cell in cells) == list(range(5))
+        assert agent == "qrdqn" or all(cell["status"] == "ok" for cell in cells)
+        entry = shown[agent][["TinyReviews", "TinyReviewsProxy", "gold", "Keyword", "Stories"].index(task)]
+        told = [float(x) for x in re.fullmatch(r"(\S+) ± \S+ \((\S+), (\S+)\)", entry).groups()]
+        means = [measures(cells, name).mean() for name in ("objective", "score", "kl")]
+        np.testing.assert_allclose(told, means, rtol=0, atol=np.array([0.0005, 0.005, 0.05]) + 1e-9)
