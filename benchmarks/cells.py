@@ -6,15 +6,17 @@ import json
 import math
 import os
 import platform
+import shlex
 import subprocess
-from collections.abc import Callable, Sequence
+import sys
+from collections.abc import Callable, Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from rlhf_gym.atomic import write_text
+from rlhf_gym.atomic import write_json, write_text
 
 # What a commit has to touch for numbers to be other ones: code, and the weights, texts and prompts beside it.
 CODE = (
@@ -73,6 +75,19 @@ def provenance() -> dict[str, Any]:
         "versions": {name: version(name) for name in packages},
         "machine": platform.machine(),
     }
+
+
+def write_figures(path: Path, name: str, argv: Sequence[str] | None, found: Mapping[str, Any]) -> None:
+    """Writes what ``python -m rlhf_gym.benchmarks.<name>`` measured: its command, its `provenance` and the figures.
+
+    Args:
+        path: A JSON file.
+        name: The module's.
+        argv: What it was called with; None for the command line's.
+        found: The figures.
+    """
+    command = shlex.join(["python", "-m", f"rlhf_gym.benchmarks.{name}", *(sys.argv[1:] if argv is None else argv)])
+    write_json(path, {"command": command, **provenance(), **found})
 
 
 def _commit() -> str | None:

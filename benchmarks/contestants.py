@@ -6,7 +6,6 @@ import difflib
 import functools
 import hashlib
 import importlib
-import importlib.util
 import os
 import sys
 from collections.abc import Callable, Sequence
@@ -16,6 +15,7 @@ from typing import Any
 
 from rlhf_gym.agents import AGENTS
 from rlhf_gym.cli.setup import parse_config
+from rlhf_gym.import_file import import_file
 
 # Names of agents with settings of their own, that stand in tables beside the algorithm as it was published. The objective
 # of the first three is the environment's (docs/agents.md), which cannot be said of the published ones.
@@ -122,21 +122,7 @@ def _import_file(path: Path, name: str) -> ModuleType:
     if not path.is_file():
         raise ValueError(f"--agents {name}: there is no file {str(path)!r} here ({Path.cwd()})")
     path = path.resolve()
-    module_name = f"agent_file_{hashlib.sha256(str(path).encode()).hexdigest()[:16]}"
-    if module_name in sys.modules:
-        return sys.modules[module_name]
-    spec = importlib.util.spec_from_file_location(module_name, path)
-    assert spec is not None and spec.loader is not None, "a .py file has a loader"
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[module_name] = module  # before it runs: dataclasses look themselves up there
-    if str(path.parent) not in sys.path:
-        sys.path.append(str(path.parent))  # so that it finds its neighbours, as under `python file.py`
-    try:
-        spec.loader.exec_module(module)
-    except BaseException:
-        del sys.modules[module_name]
-        raise
-    return module
+    return import_file(path, f"agent_file_{hashlib.sha256(str(path).encode()).hexdigest()[:16]}")
 
 
 def settings_of(agents: Sequence[str], pairs: Sequence[str]) -> dict[str, dict[str, Any]]:

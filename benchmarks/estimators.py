@@ -22,7 +22,6 @@ left at the fixed point is not noise but another objective. It takes about a min
 from __future__ import annotations
 
 import argparse
-import shlex
 import sys
 from collections.abc import Callable
 from dataclasses import asdict
@@ -32,12 +31,11 @@ from typing import Any
 import gymnasium as gym
 
 import rlhf_gym  # noqa: F401 - registers the environments
-from rlhf_gym.atomic import write_json
 from rlhf_gym.exact import ngram_from_table
 from rlhf_gym.plots import STYLES
 
+from .cells import write_figures
 from .fixed_points import Estimator, Task, fixed_point, make_task, measure, unregularised_regrets
-from .seeds import provenance
 
 EOS = "<eos>"
 # The second Brackets is the first with the probabilities of the two brackets exchanged. The chance of a balanced
@@ -112,11 +110,9 @@ def main(argv: list[str] | None = None) -> int:
             cells += [run_cell(name, task, family, estimator) for estimator in estimators]
     print(as_markdown(tasks, cells))
     if options.out:
-        arguments = sys.argv[1:] if argv is None else argv
-        command = shlex.join(["python", "-m", "rlhf_gym.benchmarks.estimators", *arguments])
         settings = {family: [asdict(estimator) for estimator in rows] for family, rows in ESTIMATORS.items()}
         found = {"tasks": tasks, "estimators": settings, "cells": cells}
-        write_json(options.out, {"command": command, **provenance(), **found})
+        write_figures(options.out, "estimators", argv, found)
     if options.figure:
         draw(tasks, cells).savefig(options.figure, dpi=150)
     return 0

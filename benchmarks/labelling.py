@@ -15,7 +15,6 @@ import http.client
 import json
 import random
 import re
-import shlex
 import signal
 import subprocess
 import sys
@@ -31,10 +30,9 @@ from urllib.parse import urlencode, urlsplit
 
 import numpy as np
 
-from rlhf_gym.atomic import write_json
 from rlhf_gym.feedback import FeedbackStore
 
-from .cells import provenance
+from .cells import write_figures
 
 VERDICTS = ("A3", "A2", "A1", "tie", "B1", "B2", "B3", "both bad", "skip")
 WORDS = "the a sky sea is was blue green wide deep and or not very".split()
@@ -60,10 +58,7 @@ def main(argv: list[str] | None = None) -> int:
         found = measure(Path(folder), options.annotators, options.seconds, options.kills, options.seed)
     print(json.dumps(found, indent=1))
     if options.out:
-        command = shlex.join(
-            ["python", "-m", "rlhf_gym.benchmarks.labelling", *(sys.argv[1:] if argv is None else argv)]
-        )
-        write_json(options.out, {"command": command, **provenance(), **found})
+        write_figures(options.out, "labelling", argv, found)
     wrong = [each[name] for each in (found["work"], *found["kills"]) for name in ("lost", "doubled", "refused")]
     return 1 if any(wrong) else 0
 

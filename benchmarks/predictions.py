@@ -13,7 +13,6 @@ a limit is come to is another matter: what was reached is the budget's.
 from __future__ import annotations
 
 import argparse
-import shlex
 import sys
 from collections.abc import Sequence
 from functools import partial
@@ -24,12 +23,11 @@ import numpy as np
 import torch
 
 from rlhf_gym.agents.grpo import GRPOConfig
-from rlhf_gym.atomic import write_json
 from rlhf_gym.exact import Evaluation, Solution, solve
 from rlhf_gym.exact.graph import SCORE
 from rlhf_gym.exact.solve import with_future
 
-from .cells import mean_and_half_width, provenance, read_cells
+from .cells import mean_and_half_width, read_cells, write_figures
 from .fixed_points import follow, measure
 from .grpo_by_states import expected_gradient, make_states
 from .suites import EXACT, SUITES, make_envs
@@ -61,9 +59,7 @@ def main(argv: list[str] | None = None) -> int:
             print(f"{task} {kl_coef:g}", file=sys.stderr)
     print(as_markdown(cells))
     if options.out:
-        arguments = sys.argv[1:] if argv is None else argv
-        command = shlex.join(["python", "-m", "rlhf_gym.benchmarks.predictions", *arguments])
-        write_json(options.out, {"command": command, **provenance(), "cells": cells})
+        write_figures(options.out, "predictions", argv, {"cells": cells})
     return 0
 
 

@@ -21,7 +21,6 @@ from __future__ import annotations
 import argparse
 import hashlib
 import importlib.util
-import shlex
 import sys
 import time
 from collections.abc import Sequence
@@ -31,7 +30,6 @@ from typing import Any
 import numpy as np
 import torch
 
-from rlhf_gym.atomic import write_json
 from rlhf_gym.data import Preference
 from rlhf_gym.evaluation import as_json
 from rlhf_gym.lm import generate, load_language_model, make_engine
@@ -47,7 +45,7 @@ from rlhf_gym.reward_models.train import solve_head
 from rlhf_gym.rewards.sequences import encode_texts
 from rlhf_gym.tasks.tiny_reviews import gold_sentiment, load_prompts
 
-from .cells import provenance
+from .cells import write_figures
 
 NUM_FOLDS = 5
 CHOSEN_ON = 1000
@@ -92,8 +90,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if options.figure and "preferences" in reports:
         reports["preferences"].figure().savefig(options.figure, dpi=150)
     if options.out:
-        command = f"python -m rlhf_gym.benchmarks.reward_models {shlex.join(sys.argv[1:] if argv is None else argv)}"
-        write_json(options.out, {"command": command, "model": Path(model).name, **provenance(), **results})
+        write_figures(options.out, "reward_models", argv, {"model": Path(model).name, **results})
     return 0
 
 

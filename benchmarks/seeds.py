@@ -13,7 +13,6 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import shlex
 import sys
 import time
 from pathlib import Path
@@ -24,7 +23,7 @@ import numpy as np
 from rlhf_gym.atomic import write_json
 from rlhf_gym.cli import main as rlhf_gym_main
 
-from .cells import provenance
+from .cells import write_figures
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -51,8 +50,7 @@ def main(argv: list[str] | None = None) -> int:
     table = {agent: summarise([c for c in cells if c["agent"] == agent]) for agent in options.agents}
     print(as_markdown(table))
     if options.results:
-        command = f"python -m rlhf_gym.benchmarks.seeds {shlex.join(arguments)}"
-        write_json(options.results, {"command": command, **provenance(), "table": table, "cells": cells})
+        write_figures(options.results, "seeds", arguments, {"table": table, "cells": cells})
     return 0
 
 

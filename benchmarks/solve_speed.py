@@ -13,7 +13,6 @@ import argparse
 import math
 import multiprocessing
 import random
-import shlex
 import statistics
 import sys
 import time
@@ -24,10 +23,9 @@ from typing import Any
 import gymnasium as gym
 
 import rlhf_gym
-from rlhf_gym.atomic import write_json
 from rlhf_gym.exact import keywords, ngram_from_table, word_scores
 
-from .seeds import provenance
+from .cells import write_figures
 
 EOS = "<eos>"
 WORDS = [f"w{i}" for i in range(20)]
@@ -54,9 +52,7 @@ def main(argv: list[str] | None = None) -> int:
         rows[-1]["all_seconds"] = [each["seconds"] for each in found]
     print(as_markdown(rows))
     if options.out:
-        arguments = sys.argv[1:] if argv is None else argv
-        command = shlex.join(["python", "-m", "rlhf_gym.benchmarks.solve_speed", *arguments])
-        write_json(options.out, {"command": command, **provenance(), "rows": rows})
+        write_figures(options.out, "solve_speed", argv, {"rows": rows})
     return 0
 
 

@@ -16,11 +16,11 @@ import gymnasium as gym
 
 import rlhf_gym  # noqa: F401 - registers the environments
 from rlhf_gym.agents import AGENTS
-from rlhf_gym.atomic import write_json
 from rlhf_gym.evaluation import evaluate
 from rlhf_gym.tasks.tiny_reviews import grammaticality
 
-from .seeds import provenance, summarise
+from .cells import write_figures
+from .seeds import summarise
 
 HELD_OUT = {"prompts": "tiny-reviews/test", "num_episodes": 512, "others": {"grammatical": grammaticality}}
 
@@ -42,8 +42,7 @@ def main(argv: list[str] | None = None) -> int:
     table = {agent: summarise([cell for cell in cells if cell["agent"] == agent]) for agent in options.agents}
     print(as_markdown(table))
     if options.out:
-        command = f"python -m rlhf_gym.benchmarks.tiny_reviews {' '.join(sys.argv[1:] if argv is None else argv)}"
-        write_json(options.out, {"command": command, **provenance(), "table": table, "cells": cells})
+        write_figures(options.out, "tiny_reviews", argv, {"table": table, "cells": cells})
     return 0
 
 

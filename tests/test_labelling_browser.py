@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import contextlib
-import shutil
 import socket
 import threading
 import time
 
 import pytest
 
-playwright = pytest.importorskip("playwright.sync_api")
 uvicorn = pytest.importorskip("uvicorn")
 pytest.importorskip("starlette")
 
@@ -18,18 +16,8 @@ from labelling_visitor import app_of  # noqa: E402
 
 from rlhf_gym.feedback import Comparison, Correction, Flag, Item, Score, Undo  # noqa: E402
 
-CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
-pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on this machine")
 PAIRS = [Item(f"Question {n}?", (f"old answer {n}", f"new answer {n}"), id=f"i{n}") for n in range(4)]
 LONG = Item("Long?", tuple(f"{word} " * 900 for word in ("alpha", "beta")), id="long")
-
-
-@pytest.fixture(scope="module")
-def chromium():
-    with playwright.sync_playwright() as running:
-        browser = running.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
-        yield browser
-        browser.close()
 
 
 @pytest.fixture

@@ -3,18 +3,12 @@
 from __future__ import annotations
 
 import contextlib
-import shutil
 
 import pytest
+from benchmark_runs import full_directory
 
-playwright = pytest.importorskip("playwright.sync_api")
+from rlhf_gym.benchmarks.report import write_report
 
-from benchmark_runs import full_directory  # noqa: E402
-
-from rlhf_gym.benchmarks.report import write_report  # noqa: E402
-
-CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
-pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on this machine")
 PAGE_FITS = "document.documentElement.scrollWidth <= innerWidth"
 # What reaches out of the window and cannot be scrolled into it.
 CUT_OFF = """() => [...document.querySelectorAll("body *")].filter(element => {
@@ -28,14 +22,6 @@ def report(tmp_path_factory):
     """A page with a failed run, an agent with a hostile name, and every kind of picture and table."""
     directory = full_directory(tmp_path_factory.mktemp("benchmark") / "runs")
     return write_report(directory)[0]
-
-
-@pytest.fixture(scope="module")
-def chromium():
-    with playwright.sync_playwright() as running:
-        browser = running.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
-        yield browser
-        browser.close()
 
 
 @pytest.fixture

@@ -7,13 +7,14 @@ import difflib
 import functools
 import hashlib
 import importlib
-import importlib.util
 import os
 import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
+
+from rlhf_gym.import_file import import_file
 
 from .classify import classifier
 from .function import FunctionReward
@@ -199,23 +200,10 @@ def _import_file(path: Path) -> ModuleType:
     path = path.resolve()
     version = hashlib.sha256(f"{path}\0{path.stat().st_mtime_ns}".encode()).hexdigest()[:12]
     name = f"rlhf_gym_reward_{path.stem}_{version}"
-    if name in sys.modules:
-        return sys.modules[name]
-    spec = importlib.util.spec_from_file_location(name, path)
-    assert spec is not None and spec.loader is not None, "a .py file has a loader"
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[name] = module  # before it runs: dataclasses look themselves up there
-    added = str(path.parent) not in sys.path
-    if added:
-        sys.path.append(str(path.parent))  # so that it finds its neighbours, as under `python file.py`
     try:
-        spec.loader.exec_module(module)
+        return import_file(path, name)
     except Exception as error:
-        del sys.modules[name]
-        if added:
-            sys.path.remove(str(path.parent))
         raise RewardError(f"reward: importing {str(path)!r} failed with {type(error).__name__}: {error}") from error
-    return module
 
 
 def _attribute(module: ModuleType, name: str, spec: str) -> Callable[..., Any]:
