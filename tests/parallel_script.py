@@ -8,6 +8,7 @@ import gymnasium as gym
 
 import rlhf_gym.agents
 from rlhf_gym.agents import parallel
+from rlhf_gym.cli import main
 
 SETTINGS = {
     # 30 rows in 4 steps: 8, 8, 8 and 6; then 15 groups: 4, 4, 4 and 3, which two cannot share evenly.
@@ -16,6 +17,10 @@ SETTINGS = {
     # 60 responses in 60 steps: the second process has none of its own.
     "ReMax": {"num_minibatches": 60, "num_rounds": 2},
 }
+TRAIN = (
+    "train --model tiny-reviews --prompts tiny-reviews --reward sentiment --num-envs 8 --kl-coef 0.05 --eval-episodes 8"
+)
+TRAIN += " --max-prompt-tokens 24 --max-response-tokens 24 --no-progress-bar"
 
 
 def train(name: str, seed: int = 3):
@@ -25,7 +30,8 @@ def train(name: str, seed: int = 3):
 
 
 if __name__ == "__main__":
-    parallel.start()
+    # Before anything else: the command joins the processes by itself.
+    assert main([*TRAIN.split(), "--total-timesteps", "150", "--out", f"{sys.argv[1]}/run"]) == 0
     assert not parallel.any_of(False)
     assert parallel.any_of(parallel.rank() == 1)
     for name in SETTINGS:
