@@ -78,7 +78,7 @@ def iqm_intervals(suite: Suite) -> Figure:
 
 
 def _interval(axes: Axes, row: int, estimate: Estimate, lowest: float) -> None:
-    """A dot on a line; one that is outside becomes an arrow with its number."""
+    """A dot on a line, with an arrow where that goes on outside; a dot outside becomes an arrow with its number."""
     if estimate.value < lowest:
         axes.plot([lowest], [row], marker="<", color=ORANGE, markersize=7, clip_on=False)
         axes.annotate(
@@ -87,6 +87,8 @@ def _interval(axes: Axes, row: int, estimate: Estimate, lowest: float) -> None:
         return
     if math.isfinite(estimate.low):
         axes.plot([max(estimate.low, lowest), estimate.high], [row, row], color=BLUE, linewidth=2.6, alpha=0.45)
+        if estimate.low < lowest:
+            axes.plot([lowest], [row], marker="<", color=BLUE, markersize=5, clip_on=False)
     axes.plot([estimate.value], [row], marker="o", color=BLUE, markersize=5)
 
 
@@ -205,7 +207,7 @@ def profiles(suite: Suite) -> Figure:
     grid = np.linspace(max(LOWEST, min(0.0, lowest)), max(1.0, highest), 2 * NUM_POINTS - 1)
     xlabel = score_name(suite)
     if not suite.relative:
-        distances = np.geomspace(max(1.0, 1 - lowest), 1e-4, 2 * NUM_POINTS - 1)
+        distances = np.geomspace(1.05 * max(1.0, 1 - lowest), 1e-4, 2 * NUM_POINTS - 1)
         grid, xlabel = 1 - distances, "1 - normalised score, logarithmic (0 optimum, 1 reference)"
     curves = {}
     for agent, tasks in scores.items():

@@ -10,7 +10,7 @@ from rlhf_gym.atomic import write_text
 from rlhf_gym.report import Section, html_report
 
 from .figures import efficiency, improvement_map, iqm_intervals, profiles
-from .outcomes import RESULTS, Suite, Task, read_suites
+from .outcomes import RESULTS, Run, Suite, Task, read_suites
 from .statistics import bootstrap
 from .tables import (
     BY,
@@ -102,10 +102,11 @@ def sections_of(suite: Suite) -> Iterator[tuple[str, Section]]:
         known = f"{RULES}\n\n{RELATIVE if suite.relative else KNOWN}"
         if min(len(scores) for agent in suite.agents for scores in suite.scores(agent).values()) < FEW:
             known += f" There are fewer than {FEW} seeds: such intervals are too narrow."
+        sampled = [agent for agent in suite.agents if any(_is_estimate(run) for run in suite.of(agent))]
+        if sampled:
+            known += f" Normalised scores of {', '.join(sampled)} are partly estimates from samples."
         known += f"\n\n{COLUMNS}"
-        caption = (
-            "Interquartile mean of an agent's runs: dot; its 95 % interval: line. An arrow is a value off the axis."
-        )
+        caption = "Interquartile mean of an agent's runs: dot; its 95 % interval: line. Arrows: what goes on, or is, off the axis."
         yield "iqm", Section("All tasks together", known, iqm_intervals(suite), caption, *overview(suite), numbers=True)
         small = "Blue: the agent named above the panel, with its 95 % interval. Grey: the others. "
         ended = (
@@ -116,13 +117,16 @@ def sections_of(suite: Suite) -> Iterator[tuple[str, Section]]:
             "tokens": f"{small}Score by the training tokens generated. {ended}; budgets differ between tasks. What is "
             "far below the reference is not shown.",
             "seconds": f"{small}Score by the time of learning, without that of measuring. {ended}. Seconds depend on "
-            "the machine, and on how many runs shared it.",
+            "the machine, and on how many runs shared it. What is far below the reference is not shown.",
         }
         for by, title in zip(BY, ("Sample efficiency", "Time efficiency"), strict=True):
             picture = efficiency(suite, by)
             if picture is not None:
                 yield by, Section(title, "", picture, captions[by])
-        caption = f"{small}The share of an agent's runs that score more than the value on the x axis: higher is better."
+        than = "score more than the value on the x axis"
+        if not suite.relative:
+            than = "are nearer to the optimum than the value on the x axis, which falls to the right"
+        caption = f"{small}The share of an agent's runs that {than}: higher is better."
         yield "profiles", Section("Performance profiles", "", profiles(suite), caption)
         if len(suite.agents) > 1:
             caption = (
@@ -134,13 +138,24 @@ def sections_of(suite: Suite) -> Iterator[tuple[str, Section]]:
     yield from _tables(suite)
 
 
+def _is_estimate(run: Run) -> bool:
+    """Whether its distance from a known optimum was estimated from samples."""
+    metrics = run.cell.get("metrics") or {}
+    return "normalised" in metrics and metrics.get("exact") is False
+
+
 def _tradeoffs(suite: Suite) -> Iterator[tuple[str, Section]]:
     groups = suite.groups()
-    caption = "Mean score against KL to the reference; a point is the mean of an agent's runs."
-    if not suite.relative:
+    caption = (
+        "Mean score against KL to the reference; a point is the mean of an agent's runs. An arrow at the right edge is "
+        "one further out, with its KL beside its name."
+    )
+    if suite.relative:
+        caption += " Where no optimum is known a panel ends soon after the KL that is worth its price."
+    else:
         caption += (
             " Nothing can be above the frontier. An agent without a name has reached a normalised score of .99 in "
-            "every run; an arrow at the right edge is one further out, with its KL beside its name."
+            "every run."
         )
     for i, tasks in enumerate(groups):
         name = f"kl-{i + 1}" if len(groups) > 1 else "kl"

@@ -25,7 +25,8 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 REACHED = 0.99  # normalised score from which on an agent stands at the optimum
-PATH: dict[str, Any] = {"color": "0.75", "linewidth": 0.8, "zorder": 1}
+BEYOND = 1.2  # a panel without a frontier ends at so many times the largest KL that did not cost more than it brought
+PATH: dict[str, Any] = {"color": "0.85", "linewidth": 0.6, "zorder": 1}
 AGENT: dict[str, Any] = {
     "marker": "o", "color": STYLES[0]["color"], "markersize": 6.5, "markeredgecolor": "white", "markeredgewidth": 0.5,
     "linestyle": "none", "zorder": 7,
@@ -59,10 +60,13 @@ def reward_against_kl(suite: Suite, tasks: Sequence[Task] | None = None) -> Figu
     ends = [_ends(suite, task, ("kl",), ("score", "reward"), name_all=False) for task in tasks]
     figure, panels = _panels(len(tasks), legend=0.75 if any(task.name in TASKS for task in tasks) else 0.4)
     for i, (axes, task) in enumerate(zip(panels, tasks, strict=True)):
-        if task.name in TASKS and ends[i]:
-            ends[i] = _draw_known(axes, curves_of(task.name, [task.kl_coef]), ends[i])
+        if task.name in TASKS:
+            _draw_known(axes, curves_of(task.name, [task.kl_coef]), ends[i])
         else:
             _draw_paths(axes, suite, task, "kl", "score")
+            _end_where_it_pays(axes, suite, task, ends[i])
+        right, top = axes.get_xlim()[1], axes.get_ylim()[1]
+        ends[i] = [_at_edge(point, right, top) if point.x > right else point for point in ends[i]]
         _draw_points(axes, ends[i])
         axes.set_title(str(task), fontsize=10, fontweight="bold")
         axes.set_xlabel("KL to the reference (nats per response)", fontsize=9)
@@ -119,7 +123,8 @@ def _first(run: Run, names: Sequence[str]) -> float:
 
 
 def _panels(count: int, legend: float) -> tuple[Figure, list[Axes]]:
-    """Two in a row, with room for a legend below (inches)."""
+    """Two in a row, with room for a legend below (inches, as wide as two)."""
+    legend *= 1 if count > 1 else 1.4
     figure, panels = panel_grid(count, min(2, count), PANEL, (LEFT, BELOW, 0.15, ABOVE), around=(0, legend))
     for axes in panels:
         axes.grid(alpha=0.25)
@@ -129,20 +134,31 @@ def _panels(count: int, legend: float) -> tuple[Figure, list[Axes]]:
 
 def _leave_room(figure: Figure, panels: Sequence[Axes], drawn: Sequence[Sequence[Point]]) -> None:
     """Make the panels narrower by the longest name beside one of them."""
-    room = min(2.0, 0.15 + LETTER * max((len(point.label) for points in drawn for point in points), default=0))
+    room = min(2.0, 0.3 + LETTER * max((len(point.label) for points in drawn for point in points), default=0))
     for axes in panels:
         x, y, _, height = axes.get_position().bounds
         axes.set_position((x, y, (PANEL[0] - LEFT - room) / figure.get_figwidth(), height))
 
 
-def _draw_known(axes: Axes, curves: Curves, points: Sequence[Point]) -> list[Point]:
-    """The frontier; points far beyond its end are moved to the edge, with their KL and score in their name."""
-    draw_task(axes, curves, min(1.5 * float(curves.marked.kl.max()), max(point.x for point in points)))
-    lowest = min(point.y for point in points)
+def _draw_known(axes: Axes, curves: Curves, points: Sequence[Point]) -> None:
+    """The frontier, as far as there are points but not much further than the optimum."""
+    far = 1.5 * float(curves.marked.kl.max())
+    draw_task(axes, curves, min(far, max((point.x for point in points), default=far)))
     bottom, top = axes.get_ylim()
+    lowest = min((point.y for point in points), default=top)
     axes.set_ylim(min(bottom, lowest - 0.06 * (top - bottom)), top)
-    edge = axes.get_xlim()[1]
-    return [_at_edge(point, edge, top) if point.x > edge else point for point in points]
+
+
+def _end_where_it_pays(axes: Axes, suite: Suite, task: Task, points: Sequence[Point]) -> None:
+    """Ends the KL axis where runs are worth less than the reference: those that got lost must not squash the others."""
+    kls = [run.metric("kl") for run in suite.runs_on(task) if run.score >= 0 and run.failure is None]
+    right = BEYOND * max((kl for kl in kls if math.isfinite(kl)), default=0.0)
+    if 0 < right < axes.get_xlim()[1]:
+        axes.set_xlim(-0.04 * right, right)
+        starts = [float(np.asarray(line.get_ydata())[0]) for line in axes.lines]
+        heights = [point.y for point in points] + starts
+        margin = 0.06 * (max(heights) - min(heights))
+        axes.set_ylim(min(heights) - margin, max(heights) + margin)
 
 
 def _at_edge(point: Point, right: float, top: float) -> Point:
@@ -186,7 +202,7 @@ def _draw_points(axes: Axes, points: Sequence[Point]) -> None:
     named = sorted((point for point in points if point.label), key=lambda point: point.y)
     bottom, top = axes.get_ylim()
     gap = LINE / (PANEL[1] - BELOW - ABOVE)
-    line = {"arrowstyle": "-", "color": "0.6", "linewidth": 0.5, "shrinkA": 0, "shrinkB": 0, "relpos": (0, 0.5)}
+    line = {"arrowstyle": "-", "color": "0.45", "linewidth": 0.5, "shrinkA": 0, "shrinkB": 0, "relpos": (0, 0.5)}
     places = spread([(point.y - bottom) / (top - bottom) for point in named], gap)
     for point, place in zip(named, places, strict=True):
         axes.annotate(
@@ -211,4 +227,5 @@ def _legend(figure: Figure) -> None:
     handles: dict[str, Any] = {}
     for axes in figure.axes:
         handles |= dict(zip(*axes.get_legend_handles_labels()[::-1], strict=True))
-    figure.legend(list(handles.values()), list(handles), loc="lower center", ncols=4, frameon=False, fontsize=8)
+    columns = 4 if len(figure.axes) > 1 else 2
+    figure.legend(list(handles.values()), list(handles), loc="lower center", ncols=columns, frameon=False, fontsize=8)

@@ -6,7 +6,7 @@ import itertools
 
 import numpy as np
 import pytest
-from benchmark_runs import cell, curve_of, full_directory, suite_of
+from benchmark_runs import cell, curve_of, failed, full_directory, sampled, suite_of
 from matplotlib.text import Text
 
 from rlhf_gym.benchmarks import figures, tradeoffs
@@ -117,6 +117,45 @@ def test_an_agent_stays_in_its_panel(tmp_path):
     edge = neighbour.yaxis.label.get_window_extent().x0
     # The text alone: an annotation's own extent has the line to its point as well.
     assert all(Text.get_window_extent(text).x1 < edge for text in names)
+
+
+def test_one_that_got_lost_does_not_squash_the_others(tmp_path):
+    """The reference has .2: 'dear' is worth less than that at KL 3, and 'lost' went to 900 nats."""
+    ends = {"good": (0.9, 0.4), "fair": (0.6, 0.7), "dear": (0.9, 3.0), "lost": (0.1, 900.0)}
+    figure = tradeoffs.reward_against_kl(suite_of(tmp_path, [sampled(a, 0, *end) for a, end in ends.items()]))
+    (axes,) = figure.axes
+    assert axes.get_xlim()[1] == pytest.approx(1.2 * 0.7)
+    drawn = [line for line in axes.lines if "agent" in line.get_label()]
+    points = sorted((line.get_marker(), x, y) for line in drawn for x, y in zip(*line.get_data(), strict=True))
+    edge = axes.get_xlim()[1]
+    assert points == [(">", edge, 0.1), (">", edge, 0.9), ("o", 0.4, 0.9), ("o", 0.7, 0.6)]
+    assert {text.get_text() for text in axes.texts} == {"good", "fair", "dear: KL 3", "lost: KL 900"}
+
+
+@pytest.mark.parametrize("name", ["ppo", "a-name-that-is-as-long-as-some-are"])
+def test_a_single_panel_is_whole(tmp_path, name):
+    """With its legend and the names beside it."""
+    figure = tradeoffs.reward_against_kl(suite_of(tmp_path, [cell(name, normalised=0.5)]))
+    figure.draw_without_rendering()
+    (legend,) = figure.legends
+    boxes = [Text.get_window_extent(text) for text in (*legend.get_texts(), *figure.axes[0].texts)]
+    assert len(boxes) >= 6
+    assert all(figure.bbox.x0 <= box.x0 and box.x1 <= figure.bbox.x1 and figure.bbox.y0 <= box.y0 for box in boxes)
+    assert legend.get_window_extent().y1 < figure.axes[0].xaxis.label.get_window_extent().y0
+
+
+def test_where_all_runs_failed_the_frontier_is_there(tmp_path):
+    figure = tradeoffs.reward_against_kl(suite_of(tmp_path, [failed()]))
+    assert "frontier (exact)" in [line.get_label() for line in figure.axes[0].lines]
+
+
+def test_an_interval_that_goes_on_outside_has_an_arrow(tmp_path):
+    """Two runs of 'wide' are lost: drawn again they are often more than a quarter, and the IQM far below."""
+    scores = {"narrow": [0.8] * 8, "wide": [0.6] * 4 + [-5.0] * 2 + [0.5] * 2}
+    cells = [cell(agent, seed=i, normalised=x) for agent, some in scores.items() for i, x in enumerate(some)]
+    axes = figures.iqm_intervals(suite_of(tmp_path, cells)).axes[0]
+    arrows = [(list(line.get_xdata()), list(line.get_ydata())) for line in axes.lines if line.get_marker() == "<"]
+    assert arrows == [([figures.LOWEST], [1])]
 
 
 def test_every_axis_has_a_name(tmp_path):

@@ -249,6 +249,18 @@ def test_files(report):
     assert "fewer than 5 seeds" in text and "raw 0.9300" in text
 
 
+def test_estimates_are_called_so(tmp_path):
+    """Of the normalised score; on a task without a known optimum all is sampled, and nothing is normalised."""
+    metrics = {"normalised": 0.5, "reward": 0.5, "kl": 1.0, "regret": 0.1}
+    cells = [
+        cell("nlpo", normalised=0.5) | {"metrics": metrics | {"exact": False}},
+        cell("ppo", normalised=0.5) | {"metrics": metrics | {"exact": True}},
+        sampled("a", 0, 0.5, 0.25) | {"metrics": {"score": 0.5, "kl": 0.25, "exact": False}},
+    ]
+    text = write_report(write(tmp_path / "runs", cells))[1].read_text()
+    assert "Normalised scores of nlpo are partly estimates" in text and text.count("partly estimates") == 1
+
+
 # ---- the command
 
 
