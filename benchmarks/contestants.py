@@ -48,7 +48,7 @@ def load_agent(name: str) -> Callable[..., Any]:
         known = [*AGENTS, *VARIANTS]
         near = difflib.get_close_matches(name, known, n=1)
         hint = f"; did you mean {near[0]!r}?" if near else ""
-        raise ValueError(f'--agents takes {", ".join(known)} or "module:Class", got {name!r}{hint}')
+        raise ValueError(f'--agents takes {", ".join(known)}, "module:Class" or "file.py:Class", got {name!r}{hint}')
     place, _, attribute = AGENTS.get(base, base).rpartition(":")
     found = getattr(_import(place, name), attribute, None)
     if not callable(found):

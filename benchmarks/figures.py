@@ -61,7 +61,8 @@ def iqm_intervals(suite: Suite) -> Figure:
             panels[-1].annotate(f"{failed} of {count} failed", (1.02, row), fontsize=8, **place)
     panels[0].set_yticks(range(len(found)), [_wrapped(agent, 34) for agent in found], fontsize=9)
     panels[0].set_ylim(len(found) - 0.4, -0.6)
-    panels[0].set_xlim(left=lowest - 0.04 * (1 - lowest))
+    highest = max(1.0, *(float(np.nanmax([e.value, e.high])) for e in found.values()))
+    panels[0].set_xlim(lowest - 0.04 * (1 - lowest), highest + 0.04 * (1 - lowest))
     panels[0].set_xlabel(f"IQM of the {score_name(suite)}", fontsize=9)
     panels[0].axvline(0, color="0.6", linewidth=0.8, zorder=0)
     for axes in panels[1:]:

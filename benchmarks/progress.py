@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -56,6 +56,10 @@ class Progress:
         if not self.is_drawn:
             print(self.line(cell, took[0]), file=sys.stderr, flush=True)
 
+    def say(self, text: str) -> None:
+        """A line between two tables."""
+        print(text, file=sys.stderr, flush=True)
+
     def seconds_left(self) -> float | None:
         """If cells go on to take what those of the same agent have taken; None before the first is finished."""
         elapsed, new = time.perf_counter() - self._started, len(self.cells) - self._before
@@ -76,8 +80,11 @@ class Progress:
     def line(self, cell: dict[str, Any], seconds: float) -> str:
         """What has been found last, and how long the rest may take."""
         count = f"{len(self.cells)}/{len(self.keys)}, {as_duration(self.seconds_left())} left"
-        found = cell["failure"] or f"{value_of(cell):.4f}"
+        measure = "" if "normalised" in cell["metrics"] else "score "
+        found = cell["failure"] or f"{measure}{value_of(cell):.4f}".replace("-0.0000", "0.0000")
         what = f"{cell['agent']} {cell['task']} {cell['kl_coef']:g} seed {cell['seed']}"
+        if self.title == "tuning":
+            what += f", {as_words(cell['config'])}"
         return f"{self.title} [{count}] {what}: {found} in {seconds:.0f} s"
 
     def table(self) -> Any:
@@ -112,6 +119,11 @@ def value_of(cell: dict[str, Any]) -> float:
     """What a table shows of a cell: the normalised score, or without a known optimum the score."""
     names = ("normalised", "score", "reward")
     return next((cell["metrics"][name] for name in names if name in cell["metrics"]), np.nan)
+
+
+def as_words(config: Mapping[str, Any]) -> str:
+    """Settings as they are given on the command line."""
+    return " ".join(f"{name}={value}" for name, value in config.items()) or "its own settings"
 
 
 def as_duration(seconds: float | None) -> str:

@@ -12,6 +12,7 @@ A cell that is there is not run again, so the same command goes on after a kill.
 from __future__ import annotations
 
 import contextlib
+import difflib
 import functools
 import json
 import os
@@ -24,7 +25,7 @@ from . import tuning
 from .cells import append_cell, provenance, read_cells, write_cells
 from .contestants import file_hash, known_name, load_agent
 from .processes import run_cells
-from .progress import Progress
+from .progress import Progress, as_words
 from .suites import Suite, make_envs, make_policy, model_hash, suite_named
 from .training import describe, run_cell
 
@@ -68,7 +69,11 @@ class Plan:
         for name, given, known in (("tasks", self.tasks, suite.tasks), ("policy", [self.policy], suite.policies)):
             for one in given:
                 if one is not None and one not in known:
-                    hint = "; give --stories the directory of its model" if one == "Stories" else ""
+                    near = difflib.get_close_matches(one.lower(), {each.lower(): each for each in known}, n=1)
+                    hint = (
+                        f"; did you mean {next(each for each in known if each.lower() == near[0])!r}?" if near else ""
+                    )
+                    hint = "; give --stories the directory of its model" if one == "Stories" else hint
                     raise ValueError(
                         f"--{name} of the suite {self.suite} must be of {', '.join(known)}, got {one!r}{hint}"
                     )
@@ -127,6 +132,8 @@ def run(plan: Plan, out: Path, *, jobs: int, progress: Progress, allow_mixed: bo
             configs = {
                 agent: [tuning.best([cell for cell in swept if cell["agent"] == agent])] for agent in plan.agents
             }
+            for agent, (config,) in configs.items():
+                progress.say(f"tuned {agent}, the best of {len(drawn[agent])}: {as_words(config)}")
         else:
             configs = {
                 agent: [tuning.preset(name, plan.policy_kind) | plan.settings[agent]] for agent, name in names.items()
@@ -140,7 +147,7 @@ def _measure(
     jobs: int, progress: Progress, allow_mixed: bool,
 ) -> list[dict[str, Any]]:  # fmt: skip
     """The cells of these keys in their order, from the file or measured into it now."""
-    done = {as_text(cell): cell for cell in read_cells(out / name)}
+    done = {as_text(cell): cell for cell in read_results(out / name)}
     keys = list({as_text(key): key for key in wanted}.values())
     missing = [key for key in keys if as_text(key) not in done]
     used = _used(keys, plan.stories)
@@ -163,6 +170,22 @@ def _measure(
     write_cells(out / name, list(done.values()), _order)
     write_cells(out / TIMINGS, list({as_text(line): line for line in read_cells(out / TIMINGS)}.values()), _order)
     return [done[as_text(key)] for key in keys]
+
+
+def read_results(path: Path) -> list[dict[str, Any]]:
+    """The finished cells of a file, a torn last line left out.
+
+    Raises:
+        ValueError: If a line is not a benchmark's.
+    """
+    cells = read_cells(path)
+    for cell in cells:
+        missing = [name for name in ("suite", "agent", "task", "kl_coef", "seed", "status") if name not in cell]
+        if missing:
+            raise ValueError(
+                f"{path} holds a line without {missing[0]!r}, so it is no benchmark's: {json.dumps(cell)[:80]}"
+            )
+    return cells
 
 
 def as_text(cell: dict[str, Any]) -> str:
@@ -189,9 +212,10 @@ def check_agents(plan: Plan, keys: Sequence[dict[str, Any]]) -> None:
         try:
             make(envs, policy=make_policy(envs, key["policy"], 0), seed=0, **key["config"])
         except Exception as error:
-            settings = ", ".join(f"{name}={value}" for name, value in key["config"].items()) or "its own settings"
+            settings = "".join(f", {name}={value}" for name, value in key["config"].items())
             raise ValueError(
-                f"--agents {key['agent']} cannot be made with {settings}: {describe(error).partition(': ')[2]}"
+                f"--agents {key['agent']} cannot be made as Agent(envs, policy=model, seed=0{settings}): "
+                f"{describe(error).partition(': ')[2]}"
             ) from error
 
 
@@ -204,7 +228,7 @@ def rerun(out: Path, line: int, stories: str | None = None) -> tuple[dict[str, A
         stories: As in `Plan`.
 
     Returns:
-        The cell, and the names of what is not the same now; none where all numbers are equal.
+        The cell, and what is not the same now, measures with both values; nothing where all numbers are equal.
 
     Raises:
         ValueError: If there is no such line, or what it used is not there or not the same.
@@ -220,8 +244,10 @@ def rerun(out: Path, line: int, stories: str | None = None) -> tuple[dict[str, A
     _refuse_others(out / RESULTS, [cell], _used([cell], stories))
     ((_, found),) = run_cells(functools.partial(run_cell, stories=stories), [{name: cell[name] for name in KEY}])
     different = [name for name in ("status", "failure", "curve") if found[name] != cell[name]]
-    names = dict.fromkeys((*cell["metrics"], *found["metrics"]))
-    return cell, different + [name for name in names if found["metrics"].get(name) != cell["metrics"].get(name)]
+    for name in dict.fromkeys((*cell["metrics"], *found["metrics"])):
+        now, then = found["metrics"].get(name), cell["metrics"].get(name)
+        different += [] if now == then else [f"{name} {now} (was {then})"]
+    return cell, different
 
 
 def _of_dead_process(key: dict[str, Any], code: int) -> dict[str, Any]:
@@ -244,8 +270,8 @@ def _refuse_others(path: Path, cells: Iterable[dict[str, Any]], used: dict[str, 
         for name, then in cell.get("sha256", {}).items():  # cells of old have none
             if used.get(name, then) != then:
                 raise ValueError(
-                    f"{path} holds cells of another {name} (SHA-256 {then}, now {used[name]}). Choose another --out, or "
-                    "put back what they were measured with"
+                    f"{path} holds cells of another {name} (SHA-256 {then}, now {used[name]}). Choose another --out, put "
+                    "back what they were measured with, or delete those lines, and they are measured again"
                 )
 
 
@@ -266,6 +292,8 @@ def _refuse_mixing(path: Path, cells: Sequence[dict[str, Any]], now: dict[str, A
 @contextlib.contextmanager
 def _directory(out: Path) -> Iterator[None]:
     """Makes the directory, and takes it away again where a refusal leaves it empty."""
+    if out.exists() and not out.is_dir():
+        raise ValueError(f"--out {out} is a file; results need a directory, choose another one")
     is_new = not out.exists()
     out.mkdir(parents=True, exist_ok=True)
     try:

@@ -8,6 +8,7 @@ import json
 import math
 import multiprocessing
 import random
+import re
 import shutil
 import statistics
 import subprocess
@@ -141,7 +142,8 @@ def test_a_cell_gives_the_same_numbers_again(tmp_path, capsys):
     cells[0]["metrics"]["kl"] += 1e-9
     (tmp_path / "results.jsonl").write_text("".join(json.dumps(cell) + "\n" for cell in cells))
     assert main(["benchmark", "--out", str(tmp_path), "--rerun", "1"]) == 1
-    assert "not the same: kl" in capsys.readouterr().out
+    kl = cells[0]["metrics"]["kl"]
+    assert re.search(rf"not the same: kl \S+ \(was {re.escape(str(kl))}\)$", capsys.readouterr().out.strip())
     with pytest.raises(ValueError, match="has 2, got 5"):
         runner.rerun(tmp_path, 5)
 
@@ -156,6 +158,34 @@ def test_other_versions_are_not_mixed_unasked(tmp_path, monkeypatch):
         run(tmp_path, plan(tasks=["WoAiNi"], num_seeds=2))
     cells = run(tmp_path, plan(tasks=["WoAiNi"], num_seeds=2), allow_mixed=True)
     assert [cell["commit"] for cell in cells] == ["abc1234", "fff"] * 2
+
+
+def test_rerun_measures_nothing_new(tmp_path, capsys):
+    """Also where no line is given: that is not the same as leaving the option out."""
+    assert main(["benchmark", "--out", str(tmp_path / "x"), "--rerun"]) == 2
+    assert "--rerun needs at least one line" in capsys.readouterr().err and not (tmp_path / "x").exists()
+
+
+def test_a_file_is_no_directory(tmp_path, capsys):
+    (tmp_path / "x").write_text("mine")
+    assert main(["benchmark", "--out", str(tmp_path / "x"), "--tasks", "WoAiNi"]) == 2
+    assert "is a file; results need a directory" in capsys.readouterr().err
+    assert (tmp_path / "x").read_text() == "mine"
+
+
+def test_what_is_no_benchmark_stays_as_it_is(tmp_path, capsys):
+    (tmp_path / "results.jsonl").write_text('{"mine": 1}\n')
+    assert main(["benchmark", "--out", str(tmp_path), "--tasks", "WoAiNi"]) == 2
+    assert "holds a line without 'suite', so it is no benchmark's" in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == ["results.jsonl"]
+    assert (tmp_path / "results.jsonl").read_text() == '{"mine": 1}\n'
+
+
+@pytest.mark.parametrize(("given", "meant"), [("woaini", "WoAiNi"), ("Bracket", "Brackets"), ("xyz", None)])
+def test_a_misspelt_task(given, meant):
+    with pytest.raises(ValueError, match="--tasks of the suite exact must be of .*WoAiNi") as caught:
+        plan(tasks=[given])
+    assert str(caught.value).endswith(f"; did you mean {meant!r}?" if meant else f"got {given!r}")
 
 
 def test_an_edited_agent_is_another_one(tmp_path, nothing_is_run):
@@ -253,7 +283,7 @@ def test_a_commit_counts_that_touches_code(tmp_path, monkeypatch):
 # ---- tuning
 
 
-def test_tuning_is_equal_and_on_seeds_of_its_own(tmp_path):
+def test_tuning_is_equal_and_on_seeds_of_its_own(tmp_path, capfd):
     agents = ("ppo", EXAMPLE)
     the_plan = plan(agents, {"ppo": {"num_epochs": 2}}, tasks=["WoAiNi"], num_seeds=1, tune=3)
     cells = run(tmp_path, the_plan)
@@ -268,6 +298,10 @@ def test_tuning_is_equal_and_on_seeds_of_its_own(tmp_path):
         assert {json.dumps(cell["config"]) for cell in cells if cell["agent"] == agent} == {best}
     assert all(cell["config"]["num_epochs"] == 2 for cell in swept if cell["agent"] == "ppo")
     assert not {cell["seed"] for cell in swept} & {cell["seed"] for cell in cells}
+    told = [line for line in capfd.readouterr().err.splitlines() if line.startswith("tuned ")]
+    config = next(cell["config"] for cell in cells if cell["agent"] == "ppo")
+    settings = " ".join(f"{name}={value}" for name, value in config.items())
+    assert len(told) == 2 and told[0] == f"tuned ppo, the best of 3: {settings}"
     before = (tmp_path / "results.jsonl").read_bytes(), (tmp_path / "tuning.jsonl").read_bytes()
     run(tmp_path, the_plan)
     assert before == ((tmp_path / "results.jsonl").read_bytes(), (tmp_path / "tuning.jsonl").read_bytes())

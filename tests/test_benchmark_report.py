@@ -72,7 +72,8 @@ def test_without_timings(tmp_path):
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (None, "holds no finished cells; measure some with rlhf-gym benchmark --out"),
+        (None, "there is no .*results.jsonl; give what rlhf-gym benchmark --out has written"),
+        ("", "holds no finished cells; measure some with rlhf-gym benchmark --out"),
         ('{"suite": "exact"', "holds no finished cells"),
         ('{"suite": "exact", "task": "x"}\n', "holds a line without 'agent', so it is no benchmark's"),
         ("7\n{}\n", "line 1 is not a JSON object"),
@@ -284,7 +285,7 @@ def test_command(tmp_path, capsys):
     ("arguments", "says"),
     [
         ([], "rlhf-gym plot needs a directory; see rlhf-gym plot --help"),
-        (["nowhere"], "holds no finished cells"),
+        (["nowhere"], "there is no nowhere/results.jsonl"),
         (["x", "--oout", "y"], "did you mean '--out'?"),
     ],
 )

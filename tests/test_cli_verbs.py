@@ -207,6 +207,11 @@ def test_wrong_arguments(capsys, arguments, says):
     ("arguments", "says"),
     [
         (["--agent", "pppo"], "did you mean 'ppo'?"),
+        (
+            ["--agent", "dr-grpo"],
+            "dr-grpo is --agent grpo --config divide_by_std=false loss_mode=constant kl_placement=reward",
+        ),
+        (["--seed", "-3"], "--seed must be at least 0, got -3"),
         (["--prompts", "nowhere.jsonl"], "there is no file 'nowhere.jsonl'"),
         (["--prompts", "broken.jsonl"], "line 2"),
         (["--model", "no/such/model"], "no such directory"),

@@ -322,6 +322,17 @@ def test_per_sample_failures_name_the_row(function, message):
         total(function)
 
 
+def test_an_exception_says_where_in_the_users_file(tmp_path):
+    """The last line there that led to it, whatever library it was raised in."""
+    file = tmp_path / "mine.py"
+    file.write_text("import json\n\ndef one(text):\n    return helper(text)\n\ndef helper(text):\n    return json.loads(text)\n"
+                    "\nasync def later(completions):\n    return [helper(text) for text in completions]\n")  # fmt: skip
+    for name in ("one", "later"):
+        reward = as_reward(f"{file}:{name}")
+        with pytest.raises(RewardError, match=rf"'{name}' raised JSONDecodeError.*\(mine\.py, line 7\)"):
+            reward.score(inputs_of(["a"]))
+
+
 def test_exception_is_chained_and_ctrl_c_passes():
     def failing(completions):
         raise OSError("disk on fire")

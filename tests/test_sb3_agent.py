@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import warnings
 
 import gymnasium as gym
 import numpy as np
@@ -32,6 +33,22 @@ def weights(agent):
 
 def assert_equal_weights(one, other, equal=True):
     assert all(torch.equal(one[name], other[name]) for name in one) == equal
+
+
+@pytest.mark.parametrize("tokens", [1, 48, 49])
+def test_a_run_that_learns_nothing_says_so(tokens):
+    """4 rows of 12 tokens are a rollout; Stable-Baselines3 takes the rate after it, where a linear one is 0."""
+    agent, constant = (SB3PPO(make_envs(), n_steps=12, lr_schedule=each) for each in ("linear", "constant"))
+    before = weights(agent)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        constant.learn(tokens)
+        assert not [each for each in caught if "learning rate" in str(each.message)]
+        agent.learn(tokens)
+    told = [str(each.message) for each in caught if "learning rate of the only update will be 0" in str(each.message)]
+    assert len(told) == (tokens <= 48) and all("one rollout of 48 tokens; raise it" in text for text in told)
+    assert_equal_weights(before, weights(agent), equal=tokens <= 48)
+    assert_equal_weights(before, weights(constant), equal=False)
 
 
 @pytest.mark.parametrize("cls", AGENTS)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import inspect
 import json
+import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
@@ -218,6 +219,7 @@ class SB3Agent:
         self.total_timesteps = int(total_timesteps)
         if self.num_timesteps >= self.total_timesteps:
             return self
+        self._warn_of_idle_update()
         given = [] if callback is None else list(callback) if isinstance(callback, Sequence) else [callback]
         report = Report(self, [call for call in given if not isinstance(call, BaseCallback)], progress_bar)
         callbacks = [report, *(call for call in given if isinstance(call, BaseCallback))]
@@ -241,6 +243,18 @@ class SB3Agent:
             if self._announces:
                 announce.close()
         return self
+
+    def _warn_of_idle_update(self) -> None:
+        if not isinstance(self.algorithm, OnPolicyAlgorithm):
+            return
+        rollout, schedule = self.algorithm.n_steps * self.algorithm.n_envs, self.algorithm.learning_rate
+        if isinstance(schedule, LinearSchedule) and self.num_timesteps == 0 and self.total_timesteps <= rollout:
+            warnings.warn(
+                f"the learning rate of the only update will be 0: Stable-Baselines3 takes it at the end of a rollout, and "
+                f"total_timesteps={self.total_timesteps} is at most one rollout of {rollout} tokens; raise it, lower "
+                "n_steps, or take lr_schedule='constant'",
+                stacklevel=3,
+            )
 
     def begin_rollout(self) -> None:
         """Called before each rollout. After a save the episodes in flight are given up, here as in the saved agent."""

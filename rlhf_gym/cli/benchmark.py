@@ -20,7 +20,7 @@ def run(options: Benchmark) -> int:
 
     quiet_transformers()
     out = Path(options.out).expanduser()
-    if options.rerun:
+    if options.rerun is not None:
         return max(run_again(out, line, options.stories) for line in options.rerun)
     plan = Plan(
         suite=options.suite,

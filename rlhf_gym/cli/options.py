@@ -47,6 +47,7 @@ class TaskOptions:
 
     def __post_init__(self):
         _at_least("max_response_tokens", self.max_response_tokens, 1)
+        _at_least("seed", self.seed, 0)
         if not self.reward:
             raise ValueError("--reward needs at least one reward")
 
@@ -165,6 +166,7 @@ class SFT:
             raise ValueError("--eval and --eval-share exclude each other: leave one of them out")
         for name in ("num_epochs", "batch_size", "checkpoint_every"):
             _at_least(name, getattr(self, name), 1)
+        _at_least("seed", self.seed, 0)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -213,6 +215,7 @@ class TrainRM(RewardModelConfig):
         if not self.out:
             raise ValueError("rlhf-gym train-rm needs --out, the directory to write")
         _at_least("members", self.members, 1)
+        _at_least("seed", self.seed, 0)
         if not 0 <= self.held_out < 1:
             raise ValueError(f"--held-out must be at least 0 and below 1, got {self.held_out:g}")
         if not 0 <= self.std_coef < float("inf"):
@@ -282,6 +285,7 @@ class Generate:
 
     def __post_init__(self):
         _at_least("num_samples", self.num_samples, 1)
+        _at_least("seed", self.seed, 0)
         if self.max_response_tokens is not None:
             _at_least("max_response_tokens", self.max_response_tokens, 1)
 
@@ -293,8 +297,8 @@ class Benchmark:
     suite: Literal["exact", "tiny"] = "exact"
     """exact: tasks whose optimum is known; tiny: small language models, measured by samples."""
     agents: tuple[str, ...] = ("ppo",)
-    """Names as of train --agent, or module:Class or file.py:Class: anything with learn and predict, or an algorithm of
-    Stable-Baselines3."""
+    """Names as of train --agent, variants of them (dr-grpo, expert-iteration-optimal, online-dpo-soft, dqn-reference,
+    mlp-ppo), or module:Class or file.py:Class: anything with learn and predict, or an algorithm of Stable-Baselines3."""
     out: str
     """Directory for results.jsonl, timings.jsonl and tuning.jsonl, for instance runs/exact."""
     seeds: int = 10
@@ -319,7 +323,7 @@ class Benchmark:
     """Directory of the model stories260K, which adds its task to the suite tiny."""
     allow_mixed: bool = False
     """Go on in a directory whose results another commit or other versions have measured."""
-    rerun: tuple[int, ...] = ()
+    rerun: tuple[int, ...] | None = None
     """Measure nothing new: run the cells on these lines of results.jsonl again and compare."""
     progress_bar: bool = True
     """Draw a table on a terminal; without it there is a line for each finished run."""
@@ -335,6 +339,8 @@ class Benchmark:
             raise ValueError(f"--seeds must be at most 1000000: those above are for tuning, got {self.seeds}")
         if not self.agents:
             raise ValueError("--agents needs at least one agent")
+        if self.rerun is not None and not self.rerun:
+            raise ValueError("--rerun needs at least one line of results.jsonl, counted from 1")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -357,6 +363,9 @@ class Demo:
     """Seed of all randomness."""
     progress_bar: bool = True
     """Show progress bars."""
+
+    def __post_init__(self):
+        _at_least("seed", self.seed, 0)
 
 
 @dataclass(frozen=True, kw_only=True)

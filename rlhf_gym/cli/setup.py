@@ -106,10 +106,17 @@ def agent_class(name: str) -> Any:
         ValueError: If there is no such agent.
     """
     from rlhf_gym.agents import AGENTS
+    from rlhf_gym.benchmarks.contestants import VARIANTS
 
     if name not in AGENTS:
         near = difflib.get_close_matches(name, AGENTS, n=1)
         hint = f"; did you mean {near[0]!r}?" if near else ""
+        base, settings = VARIANTS.get(name, ("", {}))
+        if base in AGENTS:
+            words = (
+                f"{key}={value if isinstance(value, str) else json.dumps(value)}" for key, value in settings.items()
+            )
+            hint = f"; {name} is --agent {base} --config {' '.join(words)}"
         raise ValueError(f"--agent must be one of {', '.join(AGENTS)}, got {name!r}{hint}")
     module, _, attribute = AGENTS[name].partition(":")
     return getattr(importlib.import_module(module), attribute)

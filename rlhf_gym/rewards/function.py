@@ -6,7 +6,9 @@ import asyncio
 import copy
 import inspect
 import math
+import traceback
 from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -145,8 +147,17 @@ class FunctionReward(Reward):
 
     def _failure(self, error: BaseException, row: int, inputs: RewardInputs) -> RewardError:
         where = "" if self.form.batch else f" for {inputs.describe(row)}"
-        message = f"reward function {self.name!r} raised {type(error).__name__}: {error}{where}"
+        message = f"reward function {self.name!r} raised {type(error).__name__}: {error}{_line_of(error)}{where}"
         return RewardError(message, function=self.name, row=None if self.form.batch else row)
+
+
+def _line_of(error: BaseException) -> str:
+    """Where in the user's file it was raised or led to: the last line there; nothing for rewards of this package."""
+    frames = traceback.extract_tb(error.__traceback__)[1:]  # the first is the call here
+    if not frames or Path(frames[0].filename).is_relative_to(Path(__file__).parents[1]):
+        return ""
+    line = [frame.lineno for frame in frames if frame.filename == frames[0].filename][-1]
+    return f" ({Path(frames[0].filename).name}, line {line})"
 
 
 def _copied(source: str, values: list[Any]) -> list[Any]:
