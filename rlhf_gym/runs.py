@@ -11,6 +11,7 @@ README.md            the model card
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import io
 import itertools
@@ -19,7 +20,7 @@ import os
 import platform
 import shutil
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -86,6 +87,7 @@ class RunDirectory:
         if self.path.exists() and not self.path.is_dir():
             raise ValueError(f"{self.path} is a file; a run needs a directory, choose another --out")
         earlier = self._earlier_options()
+        self._is_new = earlier is None
         if earlier is not None and resume:
             self._check_same(earlier)
         elif earlier is not None and overwrite:
@@ -98,6 +100,19 @@ class RunDirectory:
         self.plots.mkdir(exist_ok=True)
         config = {"rlhf_gym": _version("rlhf-gym"), "verb": verb, "options": self.options, **machine()}
         write_json(self.path / "config.json", config)
+
+    @contextlib.contextmanager
+    def nothing_done_yet(self) -> Iterator[None]:
+        """Inside, an exception takes a new directory away again: the mended command finds its name free."""
+        try:
+            yield
+        except BaseException:
+            if self._is_new:
+                (self.path / "config.json").unlink(missing_ok=True)
+                for folder in (self.plots, self.path):
+                    with contextlib.suppress(OSError):  # something is in it
+                        folder.rmdir()
+            raise
 
     def _earlier_options(self) -> dict[str, Any] | None:
         """Options of the run that is there, None when there is none."""

@@ -111,6 +111,18 @@ def test_train_evaluate_generate(place, capsys):
     assert [text.split()[:2] for text in texts] == [["the", "cat"]] * 2 + [["a", "dog"]] * 2
 
 
+def test_a_run_that_has_not_begun_leaves_its_name_free(place, capsys):
+    Path("mine.py").write_text("def reward(text):\n    return text.no_such\n")
+    for _ in range(2):
+        assert train("mine.py:reward") == 2 and "no_such" in one_line(capsys)
+        assert not Path("runs/x").exists()
+    assert train(f"{place}:goodness", tokens=1) == 0
+    before = Path("runs/x/metrics.csv").read_bytes()
+    capsys.readouterr()
+    assert train("mine.py:reward") == 2 and "holds a run already" in one_line(capsys)
+    assert Path("runs/x/metrics.csv").read_bytes() == before
+
+
 @pytest.mark.parametrize(
     ("agent", "config"), [("best-of-n", "num_candidates=4"), ("nlpo", "mask_top_k=1"), ("maskable-ppo", "top_k=1")]
 )

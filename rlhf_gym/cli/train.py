@@ -59,7 +59,8 @@ def run(options: Train) -> int:
 
     # The same episodes and random numbers before and after, so that their difference is less noisy.
     held_out = {"prompts": eval_prompts, "num_episodes": options.eval_episodes, "seed": options.seed}
-    before = evaluate(None, envs, **held_out)
+    with run_directory.nothing_done_yet():
+        before = evaluate(None, envs, **held_out)
     run_directory.write_samples("before", before.samples)
     stop = train_agent(agent, run_directory, options.total_timesteps, options.checkpoint_every, options.progress_bar)
     if stop.signal is not None:
