@@ -69,10 +69,14 @@ def test_who_learns_nothing_is_a_flat_line(tmp_path, by):
 
 
 def numbers_below(figure):
-    """Texts and boxes of the numbers below each panel."""
+    """Texts and boxes of the numbers below each panel. Beyond its ends there are ticks too, which are not drawn."""
     figure.draw_without_rendering()
     return [
-        [(label.get_text(), label.get_window_extent()) for label in axes.get_xticklabels() if label.get_text()]
+        [
+            (tick.label1.get_text(), tick.label1.get_window_extent())
+            for tick in axes.xaxis.get_major_ticks()
+            if tick.label1.get_text() and min(axes.get_xlim()) <= tick.get_loc() <= max(axes.get_xlim())
+        ]
         for axes in figure.axes
     ]
 

@@ -184,8 +184,12 @@ def test_predictions_are_of_what_was_run(runs, predicted):
     assert config.group_size == 8 and config.divide_by_std and config.kl_estimator == "k3"
     flat, more = ([cell for cells in found.values() for cell in cells] for found in (runs, read("exact_grpo")))
     for (task, kl_coef), cell in predicted.items():
-        found = json.loads(json.dumps(predictions.reached(flat, more, task, kl_coef)))
-        assert found == {"reached": cell["reached"], "longer": cell["longer"]}
+        found = predictions.reached(flat, more, task, kl_coef)
+        for agent, ours in (*cell["reached"].items(), ("longer", cell["longer"])):
+            again = found["longer"] if agent == "longer" else found["reached"][agent]
+            assert (ours is None) == (again is None)
+            for name, value in (ours or {}).items():  # SciPy's quantiles differ in their last digits
+                assert again[name] == pytest.approx(value, rel=1e-9, abs=1e-12), (agent, name)
     assert list(predicted) == [(task, kl_coef) for task in predictions.EXACT for kl_coef in TASKS[task]]
 
 
