@@ -330,6 +330,7 @@ def test_a_terminal_that_knows_no_unicode_costs_no_samples(place):
     )
     assert done.returncode == 0, done.stderr
     assert len(Path("samples.jsonl").read_text().splitlines()) == 4 and "samples: samples.jsonl" in done.stdout
+    assert "no KL: --reference takes" in done.stdout
 
 
 def test_evaluate_replaces_no_file_unless_told_to(place, capsys):

@@ -69,6 +69,8 @@ def run(options: Evaluate) -> int:
         return 0
     print_comparison(columns)
     print(f"{len(found.scores)} responses to {found.summary()['num_prompts']} prompts")
+    if source is None:
+        print("no KL: --reference takes the model that it was trained from, and compares the two")
     if isinstance(policy, BestOf):
         print(f"{options.model}: each the best of {policy.num_candidates} by --reward")
     if found.references is not None and "bleu" not in found.texts:
